@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from audiolm_pytorch.audiolm import AudioLM as AudioLM
     from audiolm_pytorch.codecs import (
         AudioLMSoundStream as AudioLMSoundStream,
+        Codec as Codec,
         DacWrapper as DacWrapper,
         EncodecWrapper as EncodecWrapper,
         MimiWrapper as MimiWrapper,
         MusicLMSoundStream as MusicLMSoundStream,
         SoundStream as SoundStream,
         SpectralSoundStream as SpectralSoundStream,
-        open_codec as open_codec,
     )
     from audiolm_pytorch.codecs.training import SoundStreamTrainer as SoundStreamTrainer
     from audiolm_pytorch.conditioning.base import ConditionTensor as ConditionTensor
@@ -45,9 +45,11 @@ if TYPE_CHECKING:
     from audiolm_pytorch.semantic import (
         BestRQEncoder as BestRQEncoder,
         FairseqVQWav2Vec as FairseqVQWav2Vec,
+        FrameEncoder as FrameEncoder,
         HubertWithKmeans as HubertWithKmeans,
         KMeansTokenizer as KMeansTokenizer,
         KMeansTrainer as KMeansTrainer,
+        SemanticTokenizer as SemanticTokenizer,
         deduplicate as deduplicate,
         expand as expand,
         open_encoder as open_encoder,

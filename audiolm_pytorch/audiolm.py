@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from beartype import beartype
 from beartype.roar import BeartypeCallHintViolation
-from torch import Tensor, nn
+from torch import Tensor
 
 from audiolm_pytorch.audio.units import samples_covering
 from audiolm_pytorch.codecs.base import Codec, StreamingCodec
@@ -34,6 +34,7 @@ from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.model_folder import load_parts, read_card, write_model_folder
+from audiolm_pytorch.saving.sharing import SharedModel
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.tokens.token_batch import TokenBatch
 
@@ -50,9 +51,14 @@ _PARTS: dict[str, Any] = {
     "audio_conditioner": Conditioner,
     "text_conditioner": TextEncoder,
 }
+# Parts whose fingerprints the stages store, with their submodules that may be rounded.
+_FINGERPRINTED: dict[str, tuple[str, ...]] = {
+    **{"wav2vec": (), "codec": (), "text_conditioner": ()},
+    "audio_conditioner": ("tables",),
+}
 
 
-class AudioLM(nn.Module):
+class AudioLM(SharedModel):
     """Generates semantic tokens, then coarse and fine acoustic tokens, and decodes them to waves with a codec.
 
     Args:
@@ -69,6 +75,9 @@ class AudioLM(nn.Module):
     Raises:
         ValueError: If stages, tokenizers and conditioners are not compatible.
     """
+
+    main_file = _CARD
+    pipeline_tag = "text-to-audio"
 
     @beartype
     def __init__(
@@ -96,26 +105,21 @@ class AudioLM(nn.Module):
         check_stages_compatible(*self.stages.values())
         self.sampling = update_sampling(DEFAULT_SAMPLING, sampling or {})
 
-    @beartype
-    def save(self, folder: str | Path) -> None:
-        """Write the model to a folder, which `from_folder` loads; a model in the folder is replaced."""
+    def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
         parts = {name: getattr(self, name) for name in _PARTS if getattr(self, name) is not None}
         sampling = {name: asdict(settings) for name, settings in self.sampling.items()}
-        write_model_folder(folder, _CARD, parts, {"sampling": sampling})
+        write_model_folder(folder, _CARD, parts, {"sampling": sampling}, dtype, _FINGERPRINTED)
 
     @classmethod
-    @beartype
     @preserve_rng()
-    def from_folder(cls, folder: str | Path, device: str | torch.device = "cpu") -> "AudioLM":
-        """Load the model that `save` wrote in eval mode."""
-        folder = Path(folder)
+    def _read(cls, folder: Path, source: str | Path, hub: Mapping[str, Any]) -> "AudioLM":
         card = read_card(folder / _CARD)
         names = card.get("parts")
         if not isinstance(names, list) or not {*map(str, names)} <= _PARTS.keys():
             raise ValueError(f"parts in {folder / _CARD} must be a list of {', '.join(_PARTS)}, got {names!r:.200}")
         parts = load_parts(folder, {name: folder / name for name in names}, _PARTS)
         try:
-            return cls(**parts, sampling=card.get("sampling")).to(device).eval()
+            return cls(**parts, sampling=card.get("sampling"))
         except (TypeError, ValueError, OverflowError, BeartypeCallHintViolation) as error:
             raise ValueError(f"the modules in {folder} are not compatible: {error}") from error
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from musiclm_pytorch.mulan import (
         AudioSpectrogramTransformer as AudioSpectrogramTransformer,
         ClapMuLaN as ClapMuLaN,
+        JointEmbedding as JointEmbedding,
         LayerContrast as LayerContrast,
         MuLaN as MuLaN,
         SigmoidContrastiveLearning as SigmoidContrastiveLearning,
@@ -21,13 +22,6 @@ if TYPE_CHECKING:
     from musiclm_pytorch.mulan.captions import CaptionSampler as CaptionSampler
     from musiclm_pytorch.mulan.trainer import MuLaNTrainer as MuLaNTrainer
     from musiclm_pytorch.musiclm import MusicLM as MusicLM
-    from musiclm_pytorch.pretrained.bundled import (
-        codec_named as codec_named,
-        encoder_named as encoder_named,
-        mulan_named as mulan_named,
-        tokenizer_named as tokenizer_named,
-    )
-    from musiclm_pytorch.pretrained.model_folder import load_musiclm as load_musiclm
     from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer as MuLaNEmbedQuantizer
 
 globals().update(lazy_exports(__name__))

@@ -9,7 +9,7 @@ import torch
 from beartype import beartype
 from beartype.roar import BeartypeCallHintViolation
 from einops import rearrange, repeat
-from torch import Tensor, nn
+from torch import Tensor
 
 from audiolm_pytorch.audio.files import peak_safe
 from audiolm_pytorch.audio.resample import resample
@@ -21,7 +21,8 @@ from audiolm_pytorch.lm.compatibility import check_compatible
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.nn.module_state import eval_mode
 from audiolm_pytorch.saving.construction import preserve_rng
-from musiclm_pytorch.pretrained.parts import read_parts, save_parts
+from audiolm_pytorch.saving.sharing import SharedModel
+from musiclm_pytorch.pretrained.parts import CARD, read_parts, save_parts
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
 __all__ = ["Candidates", "MusicChunk", "MusicLM"]
@@ -75,7 +76,7 @@ class MusicChunk:
         return torch.stack(self.waves)
 
 
-class MusicLM(nn.Module):
+class MusicLM(SharedModel):
     """Text to music with an AudioLM that is conditioned on MuLaN codes of the text (arXiv:2301.11325).
 
     Args:
@@ -87,6 +88,10 @@ class MusicLM(nn.Module):
         ValueError: If no stage is conditioned, a conditioned stage has no fitting namespace or was trained
             with another quantizer, or `num_levels` is out of range.
     """
+
+    main_file = CARD
+    subfolders = ("", "model")  # of a model, and of a finished training run
+    pipeline_tag = "text-to-audio"
 
     @beartype
     def __init__(
@@ -114,12 +119,7 @@ class MusicLM(nn.Module):
             self.mulan_embed_quantizer = mulan_embed_quantizer
         self.num_levels = self._checked_levels(num_levels)
 
-    @beartype
-    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the model to a folder, which `from_folder` and `load_musiclm` load; a model in the folder is replaced.
-
-        Weights are stored as `dtype` (see `save_parts`), for example torch.float16 for half the size.
-        """
+    def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
         audio_lm = self.audio_lm
         parts = {
             "codec": audio_lm.codec,
@@ -132,12 +132,10 @@ class MusicLM(nn.Module):
         save_parts(folder, parts, {"sampling": sampling, "num_levels": self.num_levels}, dtype)
 
     @classmethod
-    @beartype
     @preserve_rng()
-    def from_folder(cls, folder: str | Path, device: str | torch.device = "cpu") -> "MusicLM":
-        """Load the model in a folder in eval mode; see `load_musiclm` for bundled models and training runs."""
+    def _read(cls, folder: Path, source: str | Path, hub: Mapping[str, Any]) -> "MusicLM":
         card, parts = read_parts(folder)
-        return cls.of_parts(parts, card, folder).to(device).eval()
+        return cls.of_parts(parts, card, folder)
 
     @classmethod
     def of_parts(cls, parts: Mapping[str, Any], card: Mapping[str, Any], source: str | Path) -> "MusicLM":

@@ -181,9 +181,9 @@ MAY_END = {"seeds": [47, 31, 0], "seconds": 3.0, "allow_eos": True, "sampling": 
 
 def generate(_: Path) -> dict:
     from audiolm_pytorch import GenerationRequest
-    from musiclm_pytorch import load_musiclm
+    from musiclm_pytorch import MusicLM
 
-    model = load_musiclm("tiny")
+    model = MusicLM.from_pretrained("tiny")
     audio_lm = model.audio_lm
     found = of_candidates("musiclm", model(TEXTS[:2], num_samples=4, seconds=2.0, seed=0, return_all=True))
     settings = {"seconds": 1.0, "num_samples": 2, "seeds": [5, 2], "return_all": True}
@@ -208,9 +208,9 @@ def generate(_: Path) -> dict:
 
 def stream(_: Path) -> dict:
     from audiolm_pytorch import GenerationRequest
-    from musiclm_pytorch import load_musiclm
+    from musiclm_pytorch import MusicLM
 
-    audio_lm = load_musiclm("tiny").audio_lm
+    audio_lm = MusicLM.from_pretrained("tiny").audio_lm
     requests = {
         "plain": {"batch_size": 2, "seconds": 2.6, "seeds": [3, 8], "chunk_seconds": 0.5},
         "text": {"text": TEXTS[0], "seconds": 1.5, "seeds": 1, "chunk_seconds": 0.3},
@@ -231,9 +231,9 @@ def stream(_: Path) -> dict:
 def continuation(_: Path) -> dict:
     """Longer than the windows of the bundled stages, which are 5, 5 and 2 s."""
     from audiolm_pytorch import GenerationRequest
-    from musiclm_pytorch import load_musiclm
+    from musiclm_pytorch import MusicLM
 
-    model = load_musiclm("tiny")
+    model = MusicLM.from_pretrained("tiny")
     primes = [sound(1.3), sound(0.72, kind=1)]
     settings = {"num_samples": 1, "seed": 0, "return_all": True, "prime_wave": primes}
     found = of_candidates("musiclm", model(TEXTS[:2], seconds=5.7, **settings))
@@ -247,9 +247,9 @@ def continuation(_: Path) -> dict:
 
 
 def latents(_: Path) -> dict:
-    from musiclm_pytorch import load_musiclm
+    from musiclm_pytorch import MusicLM
 
-    quantizer = load_musiclm("tiny").mulan_embed_quantizer
+    quantizer = MusicLM.from_pretrained("tiny").mulan_embed_quantizer
     mulan, waves, lengths = quantizer.mulan, sounds(3.0), torch.tensor([48000, 31000, 9000])
     long_lengths = torch.tensor([200000, 176000, 90000])
     with torch.no_grad():
@@ -269,7 +269,7 @@ def latents(_: Path) -> dict:
 
 
 def codec(_: Path) -> dict:
-    from musiclm_pytorch import codec_named
+    from audiolm_pytorch import Codec
 
     def of_codec(name, codec, waves, lengths, piece):
         codes = codec.tokenize(waves)
@@ -286,7 +286,7 @@ def codec(_: Path) -> dict:
         return {f"{name}.{kind}": tensor for kind, tensor in found.items()}
 
     lengths = torch.tensor([24000, 17001, 5000])
-    found = of_codec("bundled", codec_named("16khz"), sounds(1.5), lengths, 1100)
+    found = of_codec("bundled", Codec.from_pretrained("codec_16khz"), sounds(1.5), lengths, 1100)
     kinds = {
         "rvq": {},
         "lfq": {"use_lookup_free_quantizer": True},
@@ -309,9 +309,9 @@ def codec(_: Path) -> dict:
 
 
 def semantic(_: Path) -> dict:
-    from musiclm_pytorch import tokenizer_named
+    from audiolm_pytorch import SemanticTokenizer
 
-    tokenizer = tokenizer_named("16khz")
+    tokenizer = SemanticTokenizer.from_pretrained("semantic_16khz")
     found = {f"ids.{seconds}": tokenizer(sounds(seconds)) for seconds in (0.3, 2.0, 6.3)}
     found["ids.44100"] = tokenizer(sounds(2.0, 44100), input_sample_hz=44100)
     found["ids.lengths"] = tokenizer(sounds(2.0), lengths=torch.tensor([32000, 20001, 3000]))
@@ -366,11 +366,12 @@ def train_semantic(folder: Path) -> dict:
 
 
 def train_kmeans(folder: Path) -> dict:
-    from audiolm_pytorch import KMeansTrainer
-    from musiclm_pytorch import encoder_named
+    from audiolm_pytorch import KMeansTrainer, open_encoder
 
     data = {"folder": write_clips(folder / "data", 24000), "seconds": 1.0, "results_folder": folder / "run"}
-    fit = KMeansTrainer(encoder=encoder_named("16khz"), layer=1, num_clusters=20, num_epochs=3, seed=3, **data).train()
+    fit = KMeansTrainer(
+        encoder=open_encoder("semantic_16khz"), layer=1, num_clusters=20, num_epochs=3, seed=3, **data
+    ).train()
     parts = {name: getattr(fit.tokenizer, name) for name in ("centroids", "mean", "std")}
     return {**parts, "ids": fit.tokenizer(sounds(1.0)), "usage": dict(vars(fit.usage))}
 
@@ -409,10 +410,18 @@ def train_quantizer(folder: Path) -> dict:
 
 def train_stages(folder: Path) -> dict:
     """Each stage on waves, conditioned by codes of sound and captions."""
-    from audiolm_pytorch import CoarseTransformerTrainer, FineTransformerTrainer, SemanticTransformerTrainer
-    from musiclm_pytorch import codec_named, tokenizer_named
+    from audiolm_pytorch import (
+        CoarseTransformerTrainer,
+        Codec,
+        FineTransformerTrainer,
+        SemanticTokenizer,
+        SemanticTransformerTrainer,
+    )
 
-    semantic, acoustic = {"wav2vec": tokenizer_named("16khz")}, {"codec": codec_named("16khz")}
+    semantic, acoustic = (
+        {"wav2vec": SemanticTokenizer.from_pretrained("semantic_16khz")},
+        {"codec": Codec.from_pretrained("codec_16khz")},
+    )
     data = {"folder": write_clips(folder / "data"), "data_max_length_seconds": 0.6}
     plans = {
         "semantic": (SemanticTransformerTrainer, semantic, {"text_prob": 0.5}),
@@ -430,14 +439,16 @@ def train_stages(folder: Path) -> dict:
 
 def train_stages_text(folder: Path) -> dict:
     """The semantic stage on waves, conditioned by states of captions."""
-    from audiolm_pytorch import SemanticTransformerTrainer
-    from musiclm_pytorch import tokenizer_named
+    from audiolm_pytorch import SemanticTokenizer, SemanticTransformerTrainer
 
     data = {"folder": write_clips(folder / "data"), "data_max_length_seconds": 0.6}
     found = {}
     for name in ("cross", "prefix"):
         stage = tiny_stages(only="semantic", text_dim=6, text_as=name, cond_drop_prob=0.3)
-        parts = {"wav2vec": tokenizer_named("16khz"), "text_conditioner": letter_conditioner()}
+        parts = {
+            "wav2vec": SemanticTokenizer.from_pretrained("semantic_16khz"),
+            "text_conditioner": letter_conditioner(),
+        }
         trainer = SemanticTransformerTrainer(transformer=stage, **parts, **data, **RUN, results_folder=folder / name)
         found |= {f"{name}.{key}": value for key, value in of_run(trainer, folder / name).items()}
     return found

@@ -66,6 +66,7 @@ def test_all_exported_modules_are_listed_or_need_other_models():
     """A new exported module is added to `ARGUMENTS`."""
     wrappers = {"AudioLM", "MusicLM", "KMeansTokenizer", "TextConditioner", "TransformersTextEncoder", "ClapMuLaN"}
     wrappers |= {"DacWrapper", "EncodecWrapper", "MimiWrapper", "FairseqVQWav2Vec", "HubertWithKmeans"}
+    wrappers |= {"Codec", "FrameEncoder", "JointEmbedding", "SemanticTokenizer"}
     wrappers |= {"SigmoidContrastiveLearning", "SoftmaxContrastiveLearning"}
     wrappers |= {f"{stage}TransformerWrapper" for stage in ("Semantic", "Coarse", "Fine")}
     for package in (audiolm_pytorch, musiclm_pytorch):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from audiolm_pytorch import AudioLMSoundStream, MusicLMSoundStream
-from musiclm_pytorch import load_musiclm
+from musiclm_pytorch import MusicLM
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -62,9 +62,9 @@ def test_table_of_rates():
     for _, frames_hz, codebooks, size, tokens_hz, kbps in rows.values():
         assert tokens_hz == pytest.approx(frames_hz * codebooks, abs=0.5)
         assert kbps == pytest.approx(tokens_hz * math.log2(size) / 1000, abs=0.005)
-    musiclm = load_musiclm("tiny")
+    musiclm = MusicLM.from_pretrained("tiny")
     codecs = {
-        "included codec `16khz`": musiclm.audio_lm.codec,
+        "included codec `codec_16khz`": musiclm.audio_lm.codec,
         "`MusicLMSoundStream`": MusicLMSoundStream(),
         "`AudioLMSoundStream`": AudioLMSoundStream(),
     }

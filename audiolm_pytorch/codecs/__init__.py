@@ -10,7 +10,6 @@ if TYPE_CHECKING:
         DacWrapper as DacWrapper,
         EncodecWrapper as EncodecWrapper,
         MimiWrapper as MimiWrapper,
-        open_codec as open_codec,
     )
     from audiolm_pytorch.codecs.soundstream import (
         AudioLMSoundStream as AudioLMSoundStream,

@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,9 @@ class Codec(SavedModule, ABC):
         num_quantizers: Number of codes per frame (levels times groups of the quantizer), from coarse to fine.
         has_scales: Whether `encode` also returns the loudness of segments.
     """
+
+    pipeline_tag = "audio-to-audio"
+    published: ClassVar[Mapping[str, str]] = {"encodec": "EncodecWrapper", "dac": "DacWrapper", "mimi": "MimiWrapper"}
 
     target_sample_hz: int
     downsample_factor: int

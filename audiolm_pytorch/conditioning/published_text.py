@@ -16,9 +16,9 @@ from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
 from audiolm_pytorch.saving.hub import LoadedModel
 from audiolm_pytorch.saving.modules import SavedModule, register
 
-__all__ = ["PublishedText", "PublishedTextEncoder", "TextConditioner", "tokenizer_of"]
+__all__ = ["TEXT_MODELS", "PublishedText", "PublishedTextEncoder", "TextConditioner", "tokenizer_of"]
 
-_CLASSES = {
+TEXT_MODELS = {
     "albert": "AlbertModel",
     "bert": "BertModel",
     "camembert": "CamembertModel",
@@ -90,6 +90,7 @@ class PublishedTextEncoder(SavedModule):
         max_tokens: Maximum number of tokens per text, special tokens included; longer texts are truncated with a
             warning. With `max_tokens=None`, the limit is that of the model, but not more than 512.
         offline: Whether to use only local folders and the local cache of the hub, without downloads.
+        allow_noncommercial: Whether to load weights with a non-commercial licence.
     """
 
     frozen: bool = True  # whether the weights never change
@@ -104,11 +105,14 @@ class PublishedTextEncoder(SavedModule):
         offline: bool = False,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
+        allow_noncommercial: bool = False,
     ) -> None:
         super().__init__()
-        where: dict[str, Any] = {"offline": offline, "revision": revision, "cache_dir": cache_dir}
+        where: dict[str, Any] = dict(
+            offline=offline, revision=revision, cache_dir=cache_dir, allow_noncommercial=allow_noncommercial
+        )
         # Files of masked language models have no pooling layer.
-        loaded = hub.load_model(source, _CLASSES, unneeded=("pooler.",), **where)
+        loaded = hub.load_model(source, TEXT_MODELS, unneeded=("pooler.",), **where)
         settings: Any = loaded.model.config
         self.model_type: str = settings.model_type
         tokenizer = tokenizer_of(loaded, source, tokenizer, **where)
@@ -144,7 +148,7 @@ class PublishedTextEncoder(SavedModule):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "PublishedTextEncoder":
         """Build an encoder with newly initialised weights from the value of the property `config`."""
-        model = hub.model_of(config["model"], _CLASSES)
+        model = hub.model_of(config["model"], TEXT_MODELS)
         tokenizer = TextTokenizer.from_json(config["tokenizer"], special_tokens=config.get("special_tokens", True))
         return cls(LoadedModel(model, **config["origin"]), tokenizer=tokenizer, **config["options"])
 
@@ -169,6 +173,8 @@ class TextConditioner(PublishedTextEncoder, TextEncoder):
 
     The hidden states of a text do not depend on other texts in the batch, and are float32 even under autocast.
     """
+
+    published = dict.fromkeys(TEXT_MODELS, "TextConditioner")
 
     @beartype
     @torch.no_grad()

@@ -1,7 +1,6 @@
 """Load models (only from safetensors) and tokenizers of transformers, from a folder or the Hugging Face hub."""
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -13,12 +12,12 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from audiolm_pytorch.saving.files import read_json
+from audiolm_pytorch.saving.sources import find_folder, licence_of
 from audiolm_pytorch.saving.text import one_line
 from audiolm_pytorch.saving.tokenizer_json import rust_errors, tokenizer_of_json
 
 __all__ = [
     "LoadedModel",
-    "find_folder",
     "load_model",
     "load_tokenizer",
     "model_of",
@@ -30,26 +29,12 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _PREPROCESSOR = "preprocessor_config.json"
 _PROCESSOR = "processor_config.json"
 # Files that may hold the vocabulary of a tokenizer.
 _VOCABULARIES = ["tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model"]
-_TOKENIZER_FILES = [*_VOCABULARIES, "merges.txt", "tokenizer_config.json", "*_tokens_map.json", "added_tokens.json"]
-_MODEL_FILES = ["config.json", _PREPROCESSOR, _PROCESSOR, "*.safetensors", "*.safetensors.index.json", "README.md"]
 # Settings of transformers that do not describe the model, and change from release to release.
 _VOLATILE = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
-# Licences where the header of the model card has none. That of the 24 kHz EnCodec is an open question in
-# facebookresearch/encodec, issue 69.
-_LICENCES = {
-    "facebook/encodec_24khz": "code MIT, the model card names none for the weights: see the model card",
-    "facebook/encodec_32khz": "CC-BY-NC 4.0 (audiocraft, LICENSE_weights); see the model card",
-    "facebook/encodec_48khz": "MIT (model card)",
-    "descript/dac_16khz": "MIT (descript-audio-codec)",
-    "descript/dac_24khz": "MIT (descript-audio-codec)",
-    "descript/dac_44khz": "MIT (descript-audio-codec)",
-    "kyutai/mimi": "CC-BY 4.0 (kyutai-labs/moshi)",
-}
 
 
 @dataclass(frozen=True)
@@ -77,39 +62,6 @@ def require_transformers() -> Any:
         return import_module("transformers")
     except ImportError as error:
         raise ImportError('published models need transformers: pip install "musiclm[pretrained]"') from error
-
-
-def find_folder(
-    source: str | Path, *, offline: bool = False, revision: str | None = None, cache_dir: str | Path | None = None
-) -> tuple[Path, str | None]:
-    """Return the local folder of a model, downloaded if necessary, and its commit on the hub (None for a local folder).
-
-    If a folder of the name `source` exists, the hub is not used. If `offline` is True, only local files and the local
-    cache of the hub are used.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder, None
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
-        raise ValueError(f"there is no folder {source}; pass an existing folder, or a hub id like owner/name")
-    require_transformers()
-    try:
-        snapshot = import_module("huggingface_hub").snapshot_download(
-            source,
-            revision=revision,
-            cache_dir=cache_dir,
-            allow_patterns=[*_MODEL_FILES, *_TOKENIZER_FILES],
-            local_files_only=offline,
-        )
-    except (OSError, ValueError) as error:
-        where = "the local cache (offline: nothing is downloaded)" if offline else "the Hugging Face hub"
-        model = f"{source} at revision {revision}" if revision else source
-        advice = "allow the download once" if offline else "check the connection"
-        raise ValueError(
-            f"there is no folder {source}, and {where} has no model {model}; check the name, {advice}, "
-            f"or pass a local folder ({error})"
-        ) from error
-    return Path(snapshot), Path(snapshot).name
 
 
 def model_type_of(folder: Path) -> str:
@@ -177,7 +129,7 @@ def load_model(
         )
     if report["unexpected_keys"]:
         logger.warning("%s: %d weights of the file are not used by the model", folder, len(report["unexpected_keys"]))
-    licence = _licence_in(folder) or _LICENCES.get(str(source), LoadedModel.licence)
+    licence = licence_of(folder, source) or LoadedModel.licence
     return LoadedModel(model.to(torch.float32), str(source), commit, licence, _preprocessor_in(folder))
 
 
@@ -234,15 +186,3 @@ def _preprocessor_in(folder: Path) -> dict[str, Any]:
     if (folder / _PROCESSOR).is_file():
         return dict(read_json(folder / _PROCESSOR).get("feature_extractor", {}))
     return {}
-
-
-def _licence_in(folder: Path) -> str | None:
-    """Read the licence from the header of the model card; return None if the header names no licence."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    header = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    text = header.group(1) if header else ""
-    fields = dict(re.findall(r"^(license|license_name):[ \t]*([^\s#]+)", text, re.MULTILINE))
-    name = fields.get("license_name") if fields.get("license") == "other" else fields.get("license")
-    return f"{name} (model card)" if name else None

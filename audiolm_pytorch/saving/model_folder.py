@@ -32,12 +32,14 @@ def write_model_folder(
     card: str,
     parts: Mapping[str, nn.Module],
     settings: Mapping[str, Any],
-    dtypes: Mapping[str, torch.dtype | None] | None = None,
+    dtype: torch.dtype | None = None,
+    exact: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Path]:
     """Write a model folder and return its files; an existing model is replaced only after all files are written.
 
-    Other files in the folder do not change. `settings` are further entries of the card, and `dtypes` are the types of
-    stored weights by part; a missing type keeps the types of the weights.
+    Other files in the folder do not change. `settings` are further entries of the card. Weights are stored as `dtype`
+    (None keeps their types), except in a part in `exact` that would be rounded. `exact` names submodules of a part that
+    may be rounded.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +47,9 @@ def write_model_folder(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as name:
         new, old = Path(name) / "new", Path(name) / "old"
         for part, module in parts.items():
-            save_module(module, new / part, dtype=(dtypes or {}).get(part))
+            rounded = (exact or {}).get(part)
+            stored = dtype if dtype is None or rounded is None else exact_dtype(module, dtype, but=rounded)
+            save_module(module, new / part, dtype=stored)
         content = {"format_version": FORMAT_VERSION, "parts": list(parts), **settings}
         write_json(new / card, content, sealed=True)
         for place in (folder, old):

@@ -8,7 +8,7 @@ classmethod `from_config(config)`.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from beartype import beartype
@@ -26,6 +26,7 @@ from audiolm_pytorch.saving.files import (
 )
 from audiolm_pytorch.saving.fingerprint import digest_of
 from audiolm_pytorch.saving.lazy_exports import import_exports
+from audiolm_pytorch.saving.sharing import SharedModel
 from audiolm_pytorch.saving.text import one_line
 from audiolm_pytorch.saving.weights import check_weights, load_weights, weights_of
 
@@ -47,7 +48,6 @@ _CONFIG_FILE = "config.json"
 _RESERVED_KEYS = ("format_version", "class", "config", "save_id", "weights_sha256", "sha256")
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
-Saved = TypeVar("Saved", bound="SavedModule")
 _registry: dict[str, type[nn.Module]] = {}
 
 
@@ -210,18 +210,43 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return dict(config)
 
 
-class SavedModule(nn.Module):
-    """Base class of modules with the methods `save` and `from_folder`; subclasses are registered with `register`."""
+class SavedModule(SharedModel):
+    """Base class of modules that are saved as two files; subclasses are registered with `register`.
 
-    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the module as two files; see `save_module`."""
+    The classes below are loaded by `from_pretrained` of their common base class, by name.
+    """
+
+    published: ClassVar[Mapping[str, str]] = {}  # class for each `model_type` of transformers' format
+    held_as: ClassVar[str | None] = None  # attribute of other modules that holds a module of this class
+
+    def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
         save_module(self, folder, dtype=dtype)
 
     @classmethod
-    def from_folder(cls: type[Saved], folder: str | Path, device: str | torch.device = "cpu") -> Saved:
-        """Load a module of this class, or of a subclass, that `save` wrote; see `load_module`."""
-        module: Any = load_module(folder, expect=cls, device=device)
-        return module
+    def _read(cls, folder: Path, source: str | Path, hub: Mapping[str, Any]) -> Any:
+        config = read_json(folder / _CONFIG_FILE)
+        if isinstance(config, dict) and "model_type" in config and "class" not in config:
+            return cls._of_published(folder, config["model_type"], source, hub)
+        if cls.held_as is None or issubclass(_class_of(read_config(folder)), cls):
+            return load_module(folder, expect=cls)
+        module = load_module(folder)
+        part = getattr(module, cls.held_as, None)
+        if not isinstance(part, cls):
+            raise ValueError(f"{folder} holds a {type(module).__name__}, but a {cls.__name__} is needed")
+        return part
+
+    @classmethod
+    def _of_published(cls, folder: Path, model_type: Any, source: str | Path, hub: Mapping[str, Any]) -> Any:
+        """Build a module of a model in transformers' format."""
+        if model_type not in [*cls.published]:
+            raise ValueError(
+                f"{folder} contains a model of type {model_type!r:.60}, but a {cls.__name__} is needed (published "
+                f"types that can be loaded: {', '.join(sorted(cls.published)) or 'none'})"
+            )
+        published: Any = registered_class(cls.published[model_type])
+        if not issubclass(published, cls):
+            raise ValueError(f"{folder} holds the model of a {published.__name__}, but a {cls.__name__} is needed")
+        return published(source, **hub)
 
 
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

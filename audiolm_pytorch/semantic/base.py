@@ -22,6 +22,8 @@ class SemanticTokenizer(SavedModule, ABC):
         seq_len_multiple_of: Waves are cut to a multiple of this number of samples; None means no cut.
     """
 
+    pipeline_tag = "feature-extraction"
+
     target_sample_hz: int
     downsample_factor: int
     codebook_size: int
@@ -69,6 +71,9 @@ class SemanticTokenizer(SavedModule, ABC):
 
 class FrameEncoder(SavedModule, ABC):
     """Base class of audio encoders whose hidden states `KMeansTokenizer` converts to tokens."""
+
+    pipeline_tag = "feature-extraction"
+    held_as = "encoder"  # of a k-means tokenizer
 
     sample_hz: int
     downsample_factor: int  # samples per frame; `num_frames` returns the exact number of frames

@@ -1,21 +1,40 @@
-"""Checks of command-line arguments."""
+"""Options that several commands have, and checks of command-line arguments."""
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from audiolm_pytorch.saving.text import printable
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OneLineFormatter", "check_file", "check_folder", "device_named", "one_line"]
+__all__ = ["ModelOptions", "OneLineFormatter", "check_file", "check_folder", "device_named", "one_line"]
 
 
 def one_line(text: str) -> str:
     """Return a text as one line in which control characters, such as ESC in a file name, are escaped."""
     return printable(" ".join(text.split()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Options of commands that load models."""
+
+    offline: bool = False
+    """Do not use the network. A hub id is then looked up in the local cache only."""
+    allow_noncommercial: bool = False
+    """Also load weights whose licence forbids commercial use."""
+
+    def source_of(self, name: str) -> dict[str, Any]:
+        """Return the arguments of `from_pretrained` for a name; a hub id may end in a revision, owner/name@revision."""
+        source, separator, revision = name.rpartition("@")
+        if not separator or Path(name).expanduser().exists():
+            source, revision = name, ""
+        hub = {"offline": self.offline, "allow_noncommercial": self.allow_noncommercial}
+        return {"source": source, "revision": revision or None, **hub}
 
 
 class OneLineFormatter(logging.Formatter):

@@ -20,9 +20,8 @@ from audiolm_pytorch.codecs.transcode import FileCodec
 from audiolm_pytorch.data.folder import scan_folder
 from audiolm_pytorch.saving.files import write_json
 from audiolm_pytorch.saving.text import printable
-from musiclm_pytorch.cli.checks import check_file, check_folder, device_named
+from musiclm_pytorch.cli.checks import ModelOptions, check_file, check_folder, device_named
 from musiclm_pytorch.evaluation.codec_report import codec_report, rows_table
-from musiclm_pytorch.pretrained.bundled import DEFAULT_CODEC, codec_named
 
 __all__ = ["CodecCommand", "Decode", "Encode", "Evaluate"]
 
@@ -31,21 +30,19 @@ _MAX_REASONS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class _WithCodec(ABC):
+class _WithCodec(ModelOptions, ABC):
     """Options that all `musiclm codec` commands have: input, codec and device."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")]
     """A sound file (for decode a file written by `musiclm codec encode`), or a folder of them."""
-    codec: str = DEFAULT_CODEC
+    codec: str = "codec_16khz"
     """Name of a bundled codec, the folder of a codec, or the id of a published one, e.g. facebook/encodec_24khz."""
-    offline: bool = False
-    """Never download from a model hub."""
     device: str = "auto"
     """Device of the codec: cpu, cuda, mps, ... or auto for a GPU if there is one."""
 
     def open_codec(self) -> Codec:
         """Load the selected codec onto the selected device."""
-        return codec_named(self.codec, device_named(self.device), self.offline)
+        return Codec.from_pretrained(**self.source_of(self.codec), device=device_named(self.device))
 
     def execute(self) -> int:
         """Check that the input exists, run the command and return its exit status."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from musiclm_pytorch.cli.checks import check_folder, device_named
+from musiclm_pytorch.cli.checks import ModelOptions, check_folder, device_named
 
 __all__ = ["EvaluateCommand", "EvaluateMuLaN", "EvaluateMusic", "EvaluateSemantic"]
 
@@ -19,11 +19,9 @@ _MUSIC_PLOT_FILE = "metrics.png"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Evaluation(ABC):
+class _Evaluation(ModelOptions, ABC):
     seed: int = 0
     """Seed of the choice of clips, and of k-means."""
-    offline: bool = False
-    """Do not use a model hub."""
     device: str = "auto"
     """Device of the model: cpu, cuda, mps, ..., or auto, which uses a GPU if there is one."""
 
@@ -44,8 +42,8 @@ class EvaluateSemantic(_Evaluation):
     """Measure how well a linear classifier predicts labels from encoder layers, semantic tokens and log-mel frames."""
 
     encoder: str
-    """Bundled one (16khz), folder of a saved encoder or semantic tokenizer, a HuBERT checkpoint of fairseq (.pt),
-    or a folder or hub id in transformers' format, e.g. facebook/hubert-base-ls960."""
+    """Bundled one (semantic_16khz), folder of a saved encoder or semantic tokenizer, HuBERT checkpoint
+    of fairseq (.pt), or folder or hub id in transformers' format, e.g. facebook/hubert-base-ls960."""
     data: Path
     """Folder with train.jsonl and valid.jsonl, or one manifest, of which some clips are then held out."""
     labels: tuple[str, ...]
@@ -121,14 +119,14 @@ class EvaluateMusic(_Evaluation):
     num_samples: int = 4
     """Candidates per caption; MuLan selects the best one."""
     codec: str | None = None
-    """Also measure copies of the real clips by this codec: a bundled one (16khz), a folder or a hub id."""
+    """Also measure copies of the real clips by this codec: a bundled one (codec_16khz), a folder or a hub id."""
     seconds: float | None = None
     """Length of generated clips (default 5), and of the first part of all clips that is used (default: all)."""
     mulan: str = "tiny"
     """MuLan of the metrics: a bundled one, or a folder."""
     clap: str | None = None
     """CLAP of the metrics: a folder or hub id in transformers' format, e.g. laion/larger_clap_music."""
-    tokenizer: str = "16khz"
+    tokenizer: str = "semantic_16khz"
     """Semantic tokenizer for memorisation."""
     metrics: tuple[str, ...] = ()
     """Compute only metrics whose name contains one of these texts, e.g. beat musicnn."""
@@ -200,20 +198,14 @@ def _evaluate_semantic(command: EvaluateSemantic) -> None:
 
 def _open_encoder(command: EvaluateSemantic) -> tuple[Any, Any]:
     """Return (encoder, None) or (encoder, tokenizer); the encoder is None for a tokenizer without layers."""
-    from audiolm_pytorch.saving.modules import read_config, registered_class
     from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
-    from musiclm_pytorch.pretrained.bundled import BUNDLED_TOKENIZERS, encoder_named, tokenizer_named
+    from audiolm_pytorch.semantic.pretrained import open_encoder
 
-    device, source = device_named(command.device), command.encoder
-    if source not in BUNDLED_TOKENIZERS:
-        source = str(Path(source).expanduser())
-        try:
-            saved_class = registered_class(read_config(source)["class"])
-        except ValueError:  # not saved by this library, or missing: encoder_named reports what is wrong
-            saved_class = None
-        if saved_class is None or not issubclass(saved_class, SemanticTokenizer):
-            return encoder_named(command.encoder, offline=command.offline).to(device), None
-    tokenizer = tokenizer_named(source, device)
+    device, source = device_named(command.device), command.source_of(command.encoder)
+    try:
+        tokenizer = SemanticTokenizer.from_pretrained(**source, device=device)
+    except ValueError:  # not a saved tokenizer; if it is no encoder either, open_encoder reports what is wrong
+        return open_encoder(**source).to(device), None
     encoder = getattr(tokenizer, "encoder", None)
     return encoder if isinstance(encoder, FrameEncoder) else None, tokenizer
 
@@ -224,11 +216,11 @@ def _evaluate_mulan(command: EvaluateMuLaN) -> None:
     from musiclm_pytorch.evaluation.report import markdown_table
     from musiclm_pytorch.evaluation.tagging import tag_labels
     from musiclm_pytorch.mulan import evaluation
-    from musiclm_pytorch.pretrained.bundled import mulan_named
+    from musiclm_pytorch.mulan.joint import JointEmbedding
 
     require_matplotlib()
     check_folder(command.out)
-    mulan = mulan_named(command.model, device_named(command.device), command.offline)
+    mulan = JointEmbedding.from_pretrained(**command.source_of(command.model), device=device_named(command.device))
     items = evaluation.held_out_items(command.data, command.limit, command.seed)
     labels = list(tag_labels(items))
     if command.label is not None and command.label not in labels:

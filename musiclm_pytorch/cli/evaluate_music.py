@@ -175,14 +175,14 @@ def _generated_sources(
     announce: Callable[[str], None],
 ) -> "dict[str, list[AudioItem]]":
     """Return the clips of every set to measure by its name; generate clips and write codec copies if asked to."""
-    from musiclm_pytorch.pretrained.bundled import codec_named
-    from musiclm_pytorch.pretrained.model_folder import load_musiclm
+    from audiolm_pytorch.codecs.base import Codec
+    from musiclm_pytorch.musiclm import MusicLM
 
     sources: dict[str, list[AudioItem]] = {}
     if command.codec is not None:
         if real is None:
             raise ValueError("--codec copies real clips and needs --real")
-        codec = codec_named(command.codec, device, command.offline)
+        codec = Codec.from_pretrained(**command.source_of(command.codec), device=device)
         manifest = write_codec_copies(codec, real, command.out / "codec_copies", command.seconds)
         sources["codec copies"] = _load_clips(manifest, None)
     for path in command.generated:
@@ -196,7 +196,7 @@ def _generated_sources(
         else:
             raise ValueError("--model needs --captions, or --real clips with captions")
         manifest = generate_clips(
-            load_musiclm(command.model, device=device),
+            MusicLM.from_pretrained(**command.source_of(command.model), device=device),
             prompts,
             command.out / "generated",
             command.seconds or _SECONDS,
@@ -220,17 +220,23 @@ def _load_clips(source: Path, limit: int | None) -> "list[AudioItem]":
 
 def _metrics(command: "EvaluateMusic", device: "torch.device") -> "list[Metric]":
     """Open the models and list the metrics; with `--metrics`, only those whose name contains one of the texts."""
+    from audiolm_pytorch.semantic.base import SemanticTokenizer
     from musiclm_pytorch.evaluation.classifier import fitted_classifier
     from musiclm_pytorch.evaluation.joint_embedder import JointEmbedder
     from musiclm_pytorch.evaluation.metrics.memorisation import SemanticTokens
     from musiclm_pytorch.evaluation.music import music_metrics
     from musiclm_pytorch.evaluation.musicnn import MusicNNExtractor, bundled_musicnn
-    from musiclm_pytorch.pretrained.bundled import mulan_named, tokenizer_named
+    from musiclm_pytorch.mulan.joint import JointEmbedding
 
     models = {"MuLan": command.mulan} | ({} if command.clap is None else {"CLAP": command.clap})
     joint: list[Any] = [
-        JointEmbedder(mulan_named(source, device, command.offline), name) for name, source in models.items()
+        JointEmbedder(JointEmbedding.from_pretrained(**command.source_of(source), device=device), name)
+        for name, source in models.items()
     ]
+    tokens = None
+    if command.training is not None:
+        tokenizer = SemanticTokenizer.from_pretrained(**command.source_of(command.tokenizer), device=device)
+        tokens = SemanticTokens(tokenizer)
     fitted = None
     if command.labelled is not None or command.classifier is not None:
         if command.labelled is None and not (command.classifier or Path()).joinpath("config.json").is_file():
@@ -240,7 +246,7 @@ def _metrics(command: "EvaluateMusic", device: "torch.device") -> "list[Metric]"
         joint=joint,
         musicnn=MusicNNExtractor(bundled_musicnn().to(device)),
         classifier=fitted,
-        tokens=SemanticTokens(tokenizer_named(command.tokenizer, device)) if command.training is not None else None,
+        tokens=tokens,
     )
     usable = [metric for metric in metrics if command.training is not None or not metric.uses_training]
     selected = [metric for metric in usable if not command.metrics or any(n in metric.name for n in command.metrics)]

@@ -17,7 +17,7 @@ class Export:
 
     def execute(self) -> int:
         """Write the model folder and print its size."""
-        from musiclm_pytorch.pretrained.model_folder import export_musiclm
+        from musiclm_pytorch.pretrained.export import export_musiclm
 
         num_bytes = export_musiclm(self.run, self.out)
         print(f"wrote {self.out}, {num_bytes / 1e6:.1f} MB")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from musiclm_pytorch.cli.checks import check_file, device_named
+from musiclm_pytorch.cli.checks import ModelOptions, check_file, device_named
 
 if TYPE_CHECKING:
     from musiclm_pytorch.musiclm import MusicLM
@@ -24,13 +24,13 @@ _MAX_SECONDS = 3600
 
 
 @dataclass(frozen=True)
-class Generate:
+class Generate(ModelOptions):
     """Generate music from a text. MuLaN ranks the candidates, and the best candidate is written."""
 
     text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
     """Description of the music, e.g. "a fast jig played on the flute"."""
     model: str = "tiny"
-    """Name of a bundled model, or the folder of a trained one."""
+    """Name of a bundled model, the folder of a trained one, or a hub id."""
     seconds: float = 5.0
     """Length in seconds, rounded up to whole frames."""
     num_samples: int = 4
@@ -59,9 +59,9 @@ class Generate:
         _check(self)
 
         from audiolm_pytorch.audio.files import write_audio
-        from musiclm_pytorch.pretrained.model_folder import load_musiclm
+        from musiclm_pytorch.musiclm import MusicLM
 
-        musiclm = load_musiclm(self.model, device=device_named(self.device))
+        musiclm = MusicLM.from_pretrained(**self.source_of(self.model), device=device_named(self.device))
         if self.stream:
             self._stream(musiclm)
             return 0

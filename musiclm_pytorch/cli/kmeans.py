@@ -3,21 +3,21 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from musiclm_pytorch.cli.checks import check_folder, device_named
+from musiclm_pytorch.cli.checks import ModelOptions, check_folder, device_named
 
 __all__ = ["TrainKmeans"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainKmeans:
+class TrainKmeans(ModelOptions):
     """Train a semantic tokenizer by k-means on a layer of any encoder.
 
     To continue an interrupted training, run the same command again.
     """
 
     encoder: str
-    """Bundled encoder (16khz), folder of a saved encoder or semantic tokenizer, HuBERT checkpoint of fairseq (.pt),
-    or folder or hub id in transformers' format, e.g. facebook/hubert-base-ls960."""
+    """Bundled encoder (semantic_16khz), folder of a saved encoder or semantic tokenizer, HuBERT
+    checkpoint of fairseq (.pt), or folder or hub id in transformers' format, e.g. facebook/hubert-base-ls960."""
     layer: int
     """Layer whose hidden states are clustered. 9 is the output of the ninth block."""
     data: Path
@@ -32,8 +32,6 @@ class TrainKmeans:
     """Length of the crops that are encoded."""
     seed: int = 0
     """Seed of the crops, the first centroids and the order."""
-    offline: bool = False
-    """Do not use the network."""
     device: str = "auto"
     """Device of the encoder: cpu, cuda, mps, ... or auto, which selects a GPU if there is one."""
 
@@ -44,14 +42,14 @@ class TrainKmeans:
         check_folder(self.out)
 
         from audiolm_pytorch.semantic import KMeansTrainer
+        from audiolm_pytorch.semantic.pretrained import open_encoder
         from audiolm_pytorch.training.distributed import create_accelerator
-        from musiclm_pytorch.pretrained.bundled import encoder_named
 
         accelerator = create_accelerator()
         device = accelerator.device if self.device == "auto" else device_named(self.device)
         settings = {name: getattr(self, name) for name in ("layer", "num_clusters", "seconds", "max_tokens", "seed")}
         trainer = KMeansTrainer(
-            encoder=encoder_named(self.encoder, offline=self.offline).to(device),
+            encoder=open_encoder(**self.source_of(self.encoder)).to(device),
             folder=self.data,
             results_folder=self.out,
             accelerator=accelerator,

@@ -8,11 +8,13 @@ from typing import Annotated, Any
 
 import tyro
 
+from musiclm_pytorch.cli.checks import ModelOptions
+
 __all__ = ["Train"]
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(ModelOptions):
     """Run one step of the training pipeline, or all steps in order.
 
     To continue an interrupted training, run the same command again. To train a semantic tokenizer on a layer of any
@@ -32,13 +34,11 @@ class Train:
     seed: int = 0
     """Seed of initial weights, data order and noise."""
     codec: str | None = None
-    """Use this codec instead of training one: 16khz (bundled), a folder, or a hub id."""
+    """Use this codec instead of training one: codec_16khz (bundled), a folder, or a hub id."""
     semantic_tokenizer: str | None = None
-    """Use this semantic tokenizer instead of training one: 16khz (bundled), or a folder."""
+    """Use this semantic tokenizer instead of training one: semantic_16khz (bundled), a folder, or a hub id."""
     mulan: str | None = None
-    """Use this MuLaN or CLAP instead of training one: tiny (bundled), a folder, or a hub id of CLAP."""
-    offline: bool = False
-    """Do not use the network. A hub id is then looked up in the local cache only."""
+    """Use this MuLaN or CLAP instead of training one: tiny (bundled), a folder, or a hub id."""
     allow_changed: tuple[str, ...] = ()
     """Names of settings that may differ from those of the interrupted run, such as batch_size or num_train_steps."""
     dry_run: bool = False
@@ -78,15 +78,17 @@ class Train:
 
 
 def _pretrained_parts(command: Train) -> dict[str, Any]:
-    from musiclm_pytorch.pretrained.bundled import codec_named, mulan_named, tokenizer_named
+    from audiolm_pytorch.codecs.base import Codec
+    from audiolm_pytorch.semantic.base import SemanticTokenizer
+    from musiclm_pytorch.mulan.joint import JointEmbedding
 
     parts: dict[str, Any] = {}
     if command.codec is not None:
-        parts["codec"] = codec_named(command.codec, offline=command.offline)
+        parts["codec"] = Codec.from_pretrained(**command.source_of(command.codec))
     if command.semantic_tokenizer is not None:
-        parts["semantic-tokenizer"] = tokenizer_named(command.semantic_tokenizer)
+        parts["semantic-tokenizer"] = SemanticTokenizer.from_pretrained(**command.source_of(command.semantic_tokenizer))
     if command.mulan is not None:
-        parts["mulan"] = mulan_named(command.mulan, offline=command.offline)
+        parts["mulan"] = JointEmbedding.from_pretrained(**command.source_of(command.mulan))
     return parts
 
 

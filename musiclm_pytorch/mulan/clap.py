@@ -17,10 +17,9 @@ from audiolm_pytorch.conditioning.published_text import PublishedText, tokenizer
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.saving import hub
-from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
 from audiolm_pytorch.saving.hub import LoadedModel
-from audiolm_pytorch.saving.modules import load_module, register
+from audiolm_pytorch.saving.modules import register
 from musiclm_pytorch.mulan.joint import JointEmbedding, average_latents
 
 __all__ = ["ClapMuLaN", "ClapSpectrogram"]
@@ -97,6 +96,7 @@ class ClapMuLaN(JointEmbedding):
         source: Folder in transformers' format, hub id, or a loaded model, which is not copied.
         tokenizer: Tokenizer of the texts; None = the tokenizer in `source`.
         offline: Whether to use only local folders and the local cache of the hub.
+        allow_noncommercial: Whether to load weights with a non-commercial licence.
     """
 
     @beartype
@@ -109,8 +109,11 @@ class ClapMuLaN(JointEmbedding):
         offline: bool = False,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
+        allow_noncommercial: bool = False,
     ) -> None:
-        where: dict[str, Any] = {"offline": offline, "revision": revision, "cache_dir": cache_dir}
+        where: dict[str, Any] = dict(
+            offline=offline, revision=revision, cache_dir=cache_dir, allow_noncommercial=allow_noncommercial
+        )
         loaded = source
         if not isinstance(loaded, LoadedModel):
             loaded = hub.load_model(loaded, {"clap": "ClapModel"}, **where)
@@ -132,23 +135,6 @@ class ClapMuLaN(JointEmbedding):
         self._spectrogram = spectrogram
         self._text = PublishedText(self.model.text_model, tokenizer_of(loaded, source, tokenizer, **where))
         self.train(False)
-
-    @classmethod
-    @beartype
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        offline: bool = False,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-    ) -> "ClapMuLaN":
-        """Load a CLAP model from a folder that `save_module` wrote, a folder in transformers' format, or the hub."""
-        folder, _ = hub.find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
-        config_file = folder / "config.json"
-        if config_file.is_file() and "class" in read_json(config_file):
-            return load_module(folder, expect=cls)  # type: ignore[return-value]
-        return cls(source, offline=offline, revision=revision, cache_dir=cache_dir)
 
     @property
     def config(self) -> dict[str, Any]:

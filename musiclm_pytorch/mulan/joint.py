@@ -1,7 +1,8 @@
 """Base class of joint embeddings, which embed audio of any length and texts as unit vectors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,12 @@ class JointEmbedding(SavedModule, ABC):
             MusicLM (arXiv:2301.11325, sec. 3.2).
         window_stride_seconds: Time between the starts of two windows; 1 s in MusicLM.
     """
+
+    pipeline_tag = "feature-extraction"
+    published: ClassVar[Mapping[str, str]] = {"clap": "ClapMuLaN"}
+    held_as = "mulan"  # of a quantizer
+    # Below a model, a finished run, and a run whose MuLaN is trained.
+    subfolders = ("", "quantizer", "model/quantizer", "mulan/model", "mulan", "model")
 
     @beartype
     def __init__(

@@ -8,7 +8,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.conditioning.published_text import PublishedTextEncoder
+from audiolm_pytorch.conditioning.published_text import TEXT_MODELS, PublishedTextEncoder
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.saving.hub import LoadedModel
@@ -27,6 +27,8 @@ class TransformersTextEncoder(PublishedTextEncoder, TextTower):
     tokens. `PublishedTextEncoder` describes the arguments except `frozen` and `max_seq_len`.
     """
 
+    published = dict.fromkeys(TEXT_MODELS, "TransformersTextEncoder")
+
     @beartype
     def __init__(
         self,
@@ -38,8 +40,11 @@ class TransformersTextEncoder(PublishedTextEncoder, TextTower):
         offline: bool = False,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
+        allow_noncommercial: bool = False,
     ) -> None:
-        where: dict[str, Any] = {"offline": offline, "revision": revision, "cache_dir": cache_dir}
+        where: dict[str, Any] = dict(
+            offline=offline, revision=revision, cache_dir=cache_dir, allow_noncommercial=allow_noncommercial
+        )
         super().__init__(source, tokenizer=tokenizer, max_tokens=max_seq_len, **where)
         self.frozen = frozen
         self.model.requires_grad_(not frozen)

@@ -25,6 +25,7 @@ from audiolm_pytorch.saving.files import read_weights, write_json
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.model_folder import exact_dtype
 from audiolm_pytorch.saving.modules import load_module, save_module
+from audiolm_pytorch.saving.sharing import card_text, write_card
 from audiolm_pytorch.saving.weights import load_weights
 from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.training.distributed import create_accelerator
@@ -32,6 +33,7 @@ from audiolm_pytorch.training.rng import seed_rng
 from audiolm_pytorch.training.run_folder import check_own_folder, claimed_folder, read_record
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.mulan.captions import aspects_of
+from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.pipeline import run_folder
 from musiclm_pytorch.pipeline.builders import STAGES, build_quantizer, build_stage
 from musiclm_pytorch.pipeline.presets import Preset
@@ -389,6 +391,8 @@ class Pipeline:
                 config = getattr(self.preset, stage)
                 sampling[stage] = {"temperature": config.temperature, "guidance_scale": config.guidance_scale}
             about = {"preset": self.preset.name, "seed": self.seed, "sampling": sampling}
+            card = card_text(MusicLM.of_parts(parts, about, self.out))
             save_parts(self.model_folder, parts, {**about, "made_from": self._hashes(STEPS)}, dtype=torch.float16)
+            write_card(self.model_folder, card)
         self.accelerator.wait_for_everyone()
         return self.model_folder

@@ -18,9 +18,9 @@ from torch import nn
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import TextEncoder
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
-from audiolm_pytorch.saving.model_folder import exact_dtype, load_parts, read_card, write_model_folder
+from audiolm_pytorch.saving.model_folder import load_parts, read_card, write_model_folder
+from audiolm_pytorch.saving.sources import bundled_folder
 from audiolm_pytorch.semantic.base import SemanticTokenizer
-from musiclm_pytorch.pretrained.bundled import bundled_folder
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
 __all__ = ["CARD", "PARTS", "read_parts", "save_parts"]
@@ -54,19 +54,13 @@ def save_parts(
     The JSON-able entries of `about` are added to `musiclm.json`. Weights are stored as `dtype` (None keeps their
     types), except in a part that `dtype` would round although other parts store its fingerprint.
     """
-    dtypes = {name: dtype for name in parts}
-    if dtype is not None:
-        fingerprinted = [name for name in _FINGERPRINTED if name in parts]
-        dtypes |= {name: exact_dtype(parts[name], dtype, but=_FINGERPRINTED[name]) for name in fingerprinted}
-    return write_model_folder(folder, CARD, parts, about, dtypes)
+    return write_model_folder(folder, CARD, parts, about, dtype, _FINGERPRINTED)
 
 
 @beartype
 def read_parts(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the card and the parts of the model in a folder."""
     folder = Path(folder)
-    if not (folder / CARD).is_file():
-        raise ValueError(f"{folder} contains no complete model ({CARD} is missing); finish it with musiclm train all")
     card = read_card(folder / CARD)
     names = card.get("parts", list(PARTS))
     if not isinstance(names, list) or not set(PARTS) - _OPTIONAL <= {*map(str, names)} <= set(_KINDS):

@@ -16,12 +16,12 @@ import tyro
 from beartype import beartype
 
 from audiolm_pytorch import SoundStream, SoundStreamTrainer
+from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.quantizers import ResidualQuantizer
 from audiolm_pytorch.codecs.spectral import SpectralDecoder, SpectralEncoder
 from audiolm_pytorch.codecs.training import MEL_ONLY, WrongCodes
 from audiolm_pytorch.data.manifest import AudioItem, load_items
 from audiolm_pytorch.saving.modules import save_module
-from musiclm_pytorch.pretrained.bundled import codec_named
 
 __all__ = ["build_codec", "main"]
 
@@ -74,7 +74,7 @@ def main(data: tuple[Path, ...], out: Path, start: str | None = None, seed: int 
         scale: Factor for the number of training steps; use a factor below 1 for a quick test.
     """
     items = _items(data, "train"), _items(data, "valid")
-    codec = build_codec(seed) if start is None else codec_named(start)
+    codec = build_codec(seed) if start is None else Codec.from_pretrained(start)
     for number, training in enumerate(_ROUNDS):
         if start is not None and not training.decoder_only:
             continue

@@ -48,7 +48,6 @@ from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from musiclm_pytorch.evaluation.clips import labels_of, load_clips
 from musiclm_pytorch.evaluation.report import MetricValue, markdown_table, write_report
-from musiclm_pytorch.pretrained.bundled import codec_named, tokenizer_named
 from musiclm_pytorch.recipes.memory import peak_bytes_of
 from musiclm_pytorch.recipes.metrics.generation_metrics import reconstruct
 from musiclm_pytorch.recipes.metrics.spoken_metrics import (
@@ -146,7 +145,7 @@ def build_stages(codec: Codec, tokenizer: SemanticTokenizer, seed: int = 0) -> d
 def _train_codec(words: Sequence[AudioItem], out: Path, seed: int, scale: float) -> SoundStream:
     """Continue the training of the bundled codec, which was trained only on music, with joined words."""
     clips = join_words(words, out / "codec_clips", NUM_CODEC_CLIPS, seed)
-    codec = codec_named("16khz")
+    codec = Codec.from_pretrained("codec_16khz")
     if not isinstance(codec, SoundStream):
         raise ValueError(f"the bundled codec is a {type(codec).__name__}, this script needs a SoundStream")
     codec.train().requires_grad_(True)
@@ -220,7 +219,9 @@ def open_audiolm(folder: str | Path) -> AudioLM:
     """Load the AudioLM in the folder `OUT/model`, in eval mode."""
     parts: dict[str, Any] = {name: load_module(Path(folder) / name) for name in ("codec", *STAGES)}
     stages = {f"{name}_transformer": parts[name] for name in STAGES}
-    return AudioLM(wav2vec=tokenizer_named("16khz"), codec=parts["codec"], sampling=SAMPLING, **stages).eval()
+    return AudioLM(
+        wav2vec=SemanticTokenizer.from_pretrained("semantic_16khz"), codec=parts["codec"], sampling=SAMPLING, **stages
+    ).eval()
 
 
 @beartype
@@ -309,7 +310,7 @@ def main(data: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
     """
     items = load_items(data).items
     words = split_words(items)
-    tokenizer = tokenizer_named("16khz")
+    tokenizer = SemanticTokenizer.from_pretrained("semantic_16khz")
     codec = _train_codec([item for item in items if not is_held_out(item)], out, seed, scale)
     shards = []
     for name, items_of_split, count in (("train", words.train, NUM_CLIPS), ("valid", words.valid, NUM_VALID_CLIPS)):

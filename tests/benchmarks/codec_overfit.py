@@ -18,7 +18,7 @@ from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.distances import si_sdr_db
 from audiolm_pytorch.codecs.training import MultiScaleMelLoss
 from audiolm_pytorch.data.manifest import load_items
-from musiclm_pytorch import load_musiclm
+from musiclm_pytorch import MusicLM
 
 SAMPLE_HZ, SECONDS = 24_000, 5.0
 
@@ -58,7 +58,7 @@ def main() -> None:
     print(f"mel distance after 100 steps {distances[100]:.3f}, at the end {mel:.3f}: {gain:.2f} times less")
     print(f"SI-SDR {si_sdr_db(again, wave).mean().item():.1f} dB")
 
-    mulan = load_musiclm("tiny").mulan_embed_quantizer.mulan
+    mulan = MusicLM.from_pretrained("tiny").mulan_embed_quantizer.mulan
 
     def latent(sound: Tensor) -> Tensor:
         return mulan.get_audio_latents(resample(sound, SAMPLE_HZ, 16_000))

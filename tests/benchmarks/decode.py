@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 from audiolm_pytorch.generation.request import GenerationRequest  # noqa: E402
 from audiolm_pytorch.lm.stage_transformer import StageTransformer  # noqa: E402
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer  # noqa: E402
-from musiclm_pytorch import load_musiclm  # noqa: E402
+from musiclm_pytorch import MusicLM  # noqa: E402
 from tests.helpers.decoding import decode  # noqa: E402
 
 SIZES: dict[str, Any] = {"dim": 512, "depth": 6, "heads": 8, "ff_mult": 8 / 3}
@@ -206,7 +206,7 @@ def training_results() -> dict[str, float]:
 
 def stream_results() -> dict[str, dict[str, float]]:
     """Seconds of the bundled model to the first chunk of a stream, to its end, and of `generate`."""
-    audio_lm = load_musiclm("tiny").audio_lm
+    audio_lm = MusicLM.from_pretrained("tiny").audio_lm
     audio_lm.generate(GenerationRequest(seconds=1, seeds=0))  # warm-up
     results = {}
     for seconds in (10, 60):

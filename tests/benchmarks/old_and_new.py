@@ -59,9 +59,9 @@ def decode_rows() -> dict[str, float]:
     """Milliseconds of the median row of the bundled stages, and operator calls of a row of the semantic stage."""
     import torch
 
-    from musiclm_pytorch import load_musiclm
+    from musiclm_pytorch import MusicLM
 
-    stages, results = load_musiclm("tiny").audio_lm.stages, {}
+    stages, results = MusicLM.from_pretrained("tiny").audio_lm.stages, {}
     for name, frames in (("semantic", 125), ("coarse", 250), ("fine", 100)):
         stage: Any = transformer_of(stages[name])
         for batch in (1, 4):
@@ -108,9 +108,9 @@ def session_of(stage: Any, batch: int, frames: int, callback: Callable[..., obje
 
 def generate() -> dict[str, float]:
     """Seconds of 5 s of music from a text, the best of four candidates, after loading and a warm-up."""
-    from musiclm_pytorch import load_musiclm
+    from musiclm_pytorch import MusicLM
 
-    musiclm, times = load_musiclm("tiny"), []
+    musiclm, times = MusicLM.from_pretrained("tiny"), []
     for seed in range(4):
         start = time.perf_counter()
         musiclm("a calm piano waltz", num_samples=4, seconds=5, seed=seed)

@@ -15,7 +15,6 @@ from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, Semant
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from musiclm_pytorch.mulan import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
-from musiclm_pytorch.pretrained.model_folder import load_musiclm
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 from tests.helpers.tiny_mulan import tiny_mulan, tones
 from tests.helpers.toy_audiolm import audiolm_of
@@ -379,7 +378,7 @@ def _check_registered_once(model: nn.Module) -> None:
 def test_state_dict_contains_every_tensor_once(trained: MuLaN) -> None:
     """The parts are registered under the names of the constructor arguments, also those that several parts use."""
     parts = ("wav2vec", "codec", "semantic_transformer", "coarse_transformer", "fine_transformer", "audio_conditioner")
-    musiclm = load_musiclm("tiny")
+    musiclm = MusicLM.from_pretrained("tiny")
     _check_registered_once(musiclm)
     names = {name.split(".")[1] for name in musiclm.state_dict()}
     assert names == set(parts) and list(dict(musiclm.named_children())) == ["audio_lm"]

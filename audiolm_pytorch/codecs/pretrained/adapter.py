@@ -1,6 +1,5 @@
 """Base classes of codecs that load published models from transformers."""
 
-import logging
 from abc import abstractmethod
 from functools import partial
 from pathlib import Path
@@ -18,8 +17,6 @@ from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
 from audiolm_pytorch.saving.hub import LoadedModel, load_model, model_settings, portable_origin, require_transformers
 
 __all__ = ["PretrainedCodec", "PretrainedLevelsCodec"]
-
-logger = logging.getLogger(__name__)
 
 Wrapper = TypeVar("Wrapper", bound="PretrainedCodec")
 
@@ -50,11 +47,19 @@ class PretrainedCodec(Codec):
         offline: bool = False,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
+        allow_noncommercial: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(source, LoadedModel):
             classes = {self.model_type: self.model_class}
-            source = load_model(source, classes, offline=offline, revision=revision, cache_dir=cache_dir)
+            source = load_model(
+                source,
+                classes,
+                offline=offline,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_noncommercial=allow_noncommercial,
+            )
         self.origin = source.origin
         self.model = source.model.requires_grad_(False)
         for module in self.model.modules():
@@ -65,10 +70,9 @@ class PretrainedCodec(Codec):
     def _set_sizes(
         self, *, sample_hz: int, downsample_factor: int, channels: int, num_quantizers: int, codebook_size: int
     ) -> None:
-        """Set the size attributes that `Codec` declares, and log the description of the codec."""
+        """Set the size attributes that `Codec` declares."""
         self.target_sample_hz, self.downsample_factor, self.channels = sample_hz, downsample_factor, channels
         self.num_quantizers, self.codebook_size = num_quantizers, codebook_size
-        logger.info("codec %s", self.description)
 
     @property
     def description(self) -> str:
@@ -166,6 +170,7 @@ class PretrainedLevelsCodec(PretrainedCodec):
         source: Folder in transformers' format, Hugging Face id, or a loaded model; None for `default_source`.
         num_quantizers: Number of levels to use; None for `default_levels`, or all levels of a model with fewer levels.
         offline: Whether to load Hugging Face models only from the local cache.
+        allow_noncommercial: Whether to load weights with a non-commercial licence.
     """
 
     default_source: ClassVar[str]
@@ -180,8 +185,15 @@ class PretrainedLevelsCodec(PretrainedCodec):
         offline: bool = False,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
+        allow_noncommercial: bool = False,
     ) -> None:
-        super().__init__(source or self.default_source, offline=offline, revision=revision, cache_dir=cache_dir)
+        super().__init__(
+            source or self.default_source,
+            offline=offline,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_noncommercial=allow_noncommercial,
+        )
         sizes = self._sizes(self.model.config)
         available = sizes["num_quantizers"]
         if num_quantizers is None:

@@ -51,6 +51,7 @@ class EncodecWrapper(PretrainedCodec):
         codes_only_rms: For models that store a scale per segment: loudness (RMS of the mono mix) of segments whose
             scale is not passed to the decoder. Models without scales ignore `codes_only_rms`.
         offline: Whether to load Hugging Face models only from the local cache.
+        allow_noncommercial: Whether to load weights with a non-commercial licence, such as facebook/encodec_32khz.
     """
 
     model_type, model_class, config_class = "encodec", "EncodecModel", "EncodecConfig"
@@ -69,8 +70,11 @@ class EncodecWrapper(PretrainedCodec):
         offline: bool = False,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
+        allow_noncommercial: bool = False,
     ) -> None:
-        super().__init__(source, offline=offline, revision=revision, cache_dir=cache_dir)
+        super().__init__(
+            source, offline=offline, revision=revision, cache_dir=cache_dir, allow_noncommercial=allow_noncommercial
+        )
         config = self.model.config
         available = [float(kbps) for kbps in config.target_bandwidths]
         if bandwidth_kbps is None:

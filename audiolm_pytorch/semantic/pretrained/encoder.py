@@ -14,12 +14,12 @@ from audiolm_pytorch.audio.waves import mono_waves
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
-from audiolm_pytorch.saving.hub import LoadedModel, find_folder, load_model, model_of, model_settings, portable_origin
-from audiolm_pytorch.saving.modules import load_module, register
+from audiolm_pytorch.saving.hub import LoadedModel, load_model, model_of, model_settings, portable_origin
+from audiolm_pytorch.saving.modules import register
+from audiolm_pytorch.saving.sources import find_folder
 from audiolm_pytorch.semantic.base import FrameEncoder
 from audiolm_pytorch.semantic.pretrained.fairseq import hubert_from_fairseq, read_fairseq
 from audiolm_pytorch.semantic.pretrained.filterbank import Filterbank
-from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
 from audiolm_pytorch.semantic.windows import ReceptiveField, Windows, convolved, features_in_windows, group_norm_moments
 
 __all__ = ["TransformersEncoder", "open_encoder", "open_published"]
@@ -64,7 +64,10 @@ class TransformersEncoder(FrameEncoder):
             with layer norms in the convolutions and False for a model with a group norm, as in their training.
                 `normalise_wave` is not read from `preprocessor_config.json`.
         offline: Use only local files and the local cache of the hub.
+        allow_noncommercial: Whether to load weights with a non-commercial licence.
     """
+
+    published = dict.fromkeys(_CLASSES, "TransformersEncoder")
 
     @beartype
     def __init__(
@@ -78,9 +81,13 @@ class TransformersEncoder(FrameEncoder):
         offline: bool = False,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
+        allow_noncommercial: bool = False,
     ) -> None:
         super().__init__()
-        loaded = load_model(source, _CLASSES, offline=offline, revision=revision, cache_dir=cache_dir)
+        hub: dict[str, Any] = dict(
+            offline=offline, revision=revision, cache_dir=cache_dir, allow_noncommercial=allow_noncommercial
+        )
+        loaded = load_model(source, _CLASSES, **hub)
         settings: Any = loaded.model.config
         self.origin = loaded.origin
         self.model_type: str = settings.model_type
@@ -256,22 +263,15 @@ def _is_checkpoint_file(path: Path) -> bool:
 
 
 @beartype
-def open_encoder(
-    source: str | Path, *, offline: bool = False, revision: str | None = None, cache_dir: str | Path | None = None
-) -> FrameEncoder:
-    """Load an audio encoder in eval mode from local files or the hub.
+def open_encoder(source: str | Path, **hub: Any) -> FrameEncoder:
+    """Load an audio encoder in eval mode from any source.
 
-    The source is a folder of `save_module` that contains an encoder, or a tokenizer with an encoder; or a source that
-    `open_published` accepts. If a local file or folder exists, the hub is not used.
+    The source is a checkpoint file or a published encoder, which `open_published` loads, or a source of
+    `FrameEncoder.from_pretrained`, which also documents the further arguments.
     """
     if _is_checkpoint_file(Path(source).expanduser()):
         return open_published(source)
-    folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
-    config_file = folder / "config.json"
-    if not config_file.is_file() or "class" not in read_json(config_file):
-        return open_published(source, offline=offline, revision=revision, cache_dir=cache_dir)
-    module = load_module(folder)
-    encoder = module.encoder if isinstance(module, KMeansTokenizer) else module
-    if not isinstance(encoder, FrameEncoder):
-        raise ValueError(f"{folder} has a {type(module).__name__}; an encoder or a tokenizer with an encoder is needed")
-    return encoder
+    folder, _ = find_folder(source, **hub)
+    if (folder / "config.json").is_file() and "class" in read_json(folder / "config.json"):
+        return FrameEncoder.from_pretrained(source, **hub)
+    return open_published(source, **hub)

@@ -49,9 +49,12 @@ class HubertWithKmeans(KMeansTokenizer):
         offline: bool = False,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
+        allow_noncommercial: bool = False,
     ) -> None:
         tensors: dict[str, Any] = dict(read_centroids(kmeans_path))
-        hub: dict[str, Any] = dict(offline=offline, revision=revision, cache_dir=cache_dir)
+        hub: dict[str, Any] = dict(
+            offline=offline, revision=revision, cache_dir=cache_dir, allow_noncommercial=allow_noncommercial
+        )
         encoder = open_published(checkpoint_path, layer_count=output_layer, normalise_wave=normalise_wave, **hub)
         if encoder.sample_hz != target_sample_hz:
             raise ValueError(

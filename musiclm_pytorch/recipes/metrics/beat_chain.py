@@ -194,10 +194,10 @@ def main(
         batch_size: Clips per batch.
         device: Device on which the model runs.
     """
-    from musiclm_pytorch.pretrained.model_folder import load_musiclm
+    from musiclm_pytorch.musiclm import MusicLM
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    musiclm = load_musiclm(model, device)
+    musiclm = MusicLM.from_pretrained(model, device=device)
     items = [item for item in load_items(data / "valid.jsonl").items if item.caption][:limit]
     values = measure_chain(musiclm, items, seconds, seed, batch_size)
     table = comparison_table(values)

@@ -1,6 +1,6 @@
 """Stability of the codes of a codec under inaudible changes, and of the beat under wrong codes.
 
-Run as `python -m musiclm_pytorch.recipes.metrics.code_stability --codecs 16khz DIR --data TUNES --json stability.json`.
+Run as `python -m musiclm_pytorch.recipes.metrics.code_stability --codecs codec_16khz DIR --data TUNES --json OUT.json`.
 """
 
 import json as json_module
@@ -21,7 +21,6 @@ from audiolm_pytorch.codecs.training import MultiScaleMelLoss
 from audiolm_pytorch.data.manifest import load_items
 from musiclm_pytorch.evaluation.clips import load_clips
 from musiclm_pytorch.evaluation.report import aligned_table
-from musiclm_pytorch.pretrained.bundled import DEFAULT_CODEC, codec_named
 
 __all__ = ["beat_strength", "code_stability", "main", "stability_table"]
 
@@ -126,7 +125,7 @@ def stability_table(measured: dict[str, dict[str, list[float]]]) -> str:
     return aligned_table(cells)
 
 
-def main(data: Path, codecs: tuple[str, ...] = (DEFAULT_CODEC,), limit: int = 24, json: Path | None = None) -> None:
+def main(data: Path, codecs: tuple[str, ...] = ("codec_16khz",), limit: int = 24, json: Path | None = None) -> None:
     """Measure the stability of the codes of codecs on held-out clips, and print a table.
 
     Args:
@@ -138,7 +137,7 @@ def main(data: Path, codecs: tuple[str, ...] = (DEFAULT_CODEC,), limit: int = 24
     items = load_items(data / "valid.jsonl").items[:limit]
     measured = {}
     for name in codecs:
-        codec = codec_named(name)
+        codec = Codec.from_pretrained(name)
         measured[name] = code_stability(codec, load_clips(items, codec.target_sample_hz))
     sys.stdout.write(f"{len(items)} clips of {data}\n{stability_table(measured)}")
     if json is not None:

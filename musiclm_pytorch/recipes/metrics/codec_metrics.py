@@ -29,7 +29,6 @@ from musiclm_pytorch.evaluation.report import (
     aligned_table,
     write_report,
 )
-from musiclm_pytorch.pretrained.bundled import DEFAULT_CODEC, codec_named
 from musiclm_pytorch.recipes.metrics.generation_metrics import ATTRIBUTES, PLAIN_ACCURACY, reconstruct
 from musiclm_pytorch.recipes.metrics.opus import opus_copy, require_opus
 
@@ -184,7 +183,7 @@ def copies_table(measured: Sequence[CopyMetrics]) -> str:
 
 def main(
     data: Path,
-    codec: str = DEFAULT_CODEC,
+    codec: str = "codec_16khz",
     classifier: Path | None = None,
     levels: tuple[int, ...] = (),
     opus: tuple[float, ...] = (6.0, 12.0),
@@ -209,7 +208,7 @@ def main(
     """
     if opus:
         require_opus()
-    module = codec_named(codec, device, offline)
+    module = Codec.from_pretrained(codec, device=device, offline=offline)
     fitted = fitted_classifier(data / "train.jsonl", ATTRIBUTES, classifier)
     items = load_items(data / "valid.jsonl").items[:limit]
     truth = {name: labels_of(items, name) for name in fitted.classes}

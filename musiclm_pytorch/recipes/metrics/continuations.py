@@ -108,10 +108,10 @@ def main(
         limit: Number of clips of each manifest.
         device: Device on which the model runs.
     """
-    from musiclm_pytorch.pretrained.model_folder import load_musiclm
+    from musiclm_pytorch.musiclm import MusicLM
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    musiclm = load_musiclm(model, device)
+    musiclm = MusicLM.from_pretrained(model, device=device)
     centroids = getattr(musiclm.audio_lm.wav2vec, "centroids", None)
     if centroids is None:
         raise ValueError("the semantic tokenizer has no centroids; approximate matches need a KMeansTokenizer")

@@ -163,10 +163,10 @@ def main(
         device: Device on which the model runs.
         settings: Length, number of candidates and seed of generated clips.
     """
-    from musiclm_pytorch.pretrained.model_folder import load_musiclm
+    from musiclm_pytorch.musiclm import MusicLM
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    musiclm = load_musiclm(model, device)
+    musiclm = MusicLM.from_pretrained(model, device=device)
     fitted = fitted_classifier(data / "train.jsonl", ATTRIBUTES, classifier)
     folders = {"tunes": data} | ({"corpus": corpus} if corpus is not None else {})
     report_settings: dict[str, Any] = {

@@ -34,13 +34,13 @@ def musiclm():
 def folder(musiclm, tmp_path_factory):
     """The folder of the MusicLM; tests must not change it."""
     path = tmp_path_factory.mktemp("musiclm")
-    musiclm.save(path)
+    musiclm.save_pretrained(path)
     return path
 
 
 def test_musiclm_comes_back(musiclm, folder):
     """Weights, sampling settings and the number of levels."""
-    loaded = MusicLM.from_folder(folder)
+    loaded = MusicLM.from_pretrained(folder)
     assert not loaded.training and loaded.num_levels == 1 and loaded.audio_lm.sampling == musiclm.audio_lm.sampling
     assert torch.equal(loaded("a low tone", **REQUEST).waves, musiclm("a low tone", **REQUEST).waves)
 
@@ -57,32 +57,32 @@ def test_audiolm_comes_back(tmp_path):
         coarse_transformer=CoarseTransformer(**sizes, **rates),
         sampling={"coarse": {"temperature": 0.3}},
     ).eval()
-    model.save(tmp_path)
-    loaded = AudioLM.from_folder(str(tmp_path))
+    model.save_pretrained(tmp_path)
+    loaded = AudioLM.from_pretrained(str(tmp_path))
     assert loaded.fine_transformer is None and loaded.sampling == model.sampling
     waves = [each(batch_size=2, seconds=0.1, seeds=[1, 2]) for each in (model, loaded)]
     assert torch.equal(*waves)
     with pytest.raises(ValueError, match="parts in .*audiolm.json must be a list of wav2vec, codec"):
         write_json(tmp_path / "audiolm.json", {"format_version": 1, "parts": ["../codec"]})
-        AudioLM.from_folder(tmp_path)
-    with pytest.raises(ValueError, match="there is no file .*audiolm.json"):
-        AudioLM.from_folder(tmp_path / "nowhere")
+        AudioLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="there is no folder .*nowhere"):
+        AudioLM.from_pretrained(tmp_path / "nowhere")
 
 
 def test_every_part_is_saved_and_loaded_by_its_class(musiclm, tmp_path):
-    """All parts of a MusicLM, down to encoders and towers, have `save` and `from_folder`."""
+    """All parts of a MusicLM, down to encoders and towers, have `save_pretrained` and `from_pretrained`."""
     parts = [module for module in musiclm.modules() if isinstance(module, SavedModule)]
     assert len(parts) > 12
     for number, module in enumerate(parts):
         place = tmp_path / str(number)
-        module.save(place)
-        loaded = type(module).from_folder(place)
+        module.save_pretrained(place)
+        loaded = type(module).from_pretrained(place)
         assert type(loaded) is type(module)
         for name, value in module.state_dict().items():
             assert torch.equal(value, loaded.state_dict()[name])
     with pytest.raises(ValueError, match="holds a SoundStream, but a FiLM is needed"):
-        small_soundstream().save(tmp_path / "codec")
-        FiLM.from_folder(tmp_path / "codec")
+        small_soundstream().save_pretrained(tmp_path / "codec")
+        FiLM.from_pretrained(tmp_path / "codec")
 
 
 def test_save_and_load_are_exported():
@@ -94,7 +94,7 @@ def test_save_and_load_are_exported():
 def test_loading_leaves_global_state_alone(folder):
     """Random generators of torch, numpy and Python, the default dtype and the default device."""
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    MusicLM.from_folder(folder)
+    MusicLM.from_pretrained(folder)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.random.get_state()[1].tolist() == states[1] and random.getstate() == states[2]
 
@@ -104,7 +104,7 @@ def test_default_dtype_and_device_do_not_change_what_is_loaded(folder, musiclm):
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            loaded = MusicLM.from_folder(folder)
+            loaded = MusicLM.from_pretrained(folder)
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
@@ -154,7 +154,7 @@ HOSTILE = [
 def test_hostile_config_is_refused_before_memory_is_needed(folder, tmp_path, change):
     """Sizes that the file of the weights cannot have, numbers that overflow, classes that are no names."""
     loaded = load_module(folder / "semantic")
-    loaded.save(tmp_path)
+    loaded.save_pretrained(tmp_path)
     config = read_json(tmp_path / "config.json")
     config |= {key: {**config[key], **value} if key == "config" else value for key, value in change.items()}
     write_json(tmp_path / "config.json", config)
@@ -166,7 +166,7 @@ def test_hostile_config_is_refused_before_memory_is_needed(folder, tmp_path, cha
 def test_nested_parts_and_quantizers_without_end_are_refused(tmp_path):
     """900 parts in each other, and 20,000 levels of a codec."""
     codec = small_soundstream()
-    codec.save(tmp_path)
+    codec.save_pretrained(tmp_path)
     config = read_json(tmp_path / "config.json")
     levels = json.loads(json.dumps(config))
     levels["config"]["quantizer"]["config"]["num_quantizers"] = 20_000
@@ -177,5 +177,5 @@ def test_nested_parts_and_quantizers_without_end_are_refused(tmp_path):
     for bad in (json.dumps(levels), nested, deeper):
         (tmp_path / "config.json").write_text(bad)
         with pytest.raises(ValueError) as caught:
-            SoundStream.from_folder(tmp_path)
+            SoundStream.from_pretrained(tmp_path)
         assert "\n" not in str(caught.value)

@@ -130,17 +130,20 @@ def test_steps_are_announced_on_a_terminal_only(monkeypatch, capsys):
 def test_train_with_bundled_parts(musiclm_command, micro_data, tmp_path, capsys, offline):
     """Bundled parts are not trained, and the run continues only with the same parts."""
     words = ("train", "tokens", "--preset", "micro", "--data", micro_data, "--out", tmp_path / "run")
-    options = ("--codec", "16khz", "--semantic-tokenizer", "16khz", "--mulan", "tiny", "--offline")
+    options = ("--codec", "codec_16khz", "--semantic-tokenizer", "semantic_16khz", "--mulan", "tiny", "--offline")
     assert musiclm_command(*words, *options, "--dry-run") == 0
     assert "tokens" in capsys.readouterr().out and listing(tmp_path) == {}
     assert musiclm_command(*words, *options) == 0
     printed = capsys.readouterr().out
     for stage, kind in (("semantic-tokenizer", "KMeansTokenizer"), ("codec", "SoundStream"), ("mulan", "MuLaN")):
         assert re.search(rf"^{stage} .*pretrained: {kind}$", printed, flags=re.MULTILINE)
+    from audiolm_pytorch.codecs.base import Codec
     from audiolm_pytorch.data.shards import TokenShards
-    from musiclm_pytorch.pretrained.bundled import codec_named
 
-    assert TokenShards(tmp_path / "run" / "tokens" / "train").fingerprint["codec"] == codec_named("16khz").fingerprint()
+    assert (
+        TokenShards(tmp_path / "run" / "tokens" / "train").fingerprint["codec"]
+        == Codec.from_pretrained("codec_16khz").fingerprint()
+    )
     assert musiclm_command(*words) == 2
     assert re.fullmatch(
         r"musiclm: .*run with other settings: pretrained.codec: found \w+, .*--allow-changed.*\n",
@@ -183,13 +186,13 @@ def test_dry_run_skips_finished_steps(musiclm_command, micro_data, micro_run, ca
 @pytest.mark.slow
 def test_estimated_parameters_are_those_of_the_models(micro_data, micro_run, tmp_path):
     """The table of a dry run has the parameters of the modules that are trained."""
+    from musiclm_pytorch.musiclm import MusicLM
     from musiclm_pytorch.pipeline.estimate import estimate_steps
     from musiclm_pytorch.pipeline.pipeline import Pipeline
-    from musiclm_pytorch.pretrained.model_folder import load_musiclm
     from tests.helpers.micro import MICRO
 
     found = {one.step: one for one in estimate_steps(Pipeline(MICRO, data=micro_data, out=tmp_path / "run"))}
-    audio_lm = load_musiclm(micro_run).audio_lm
+    audio_lm = MusicLM.from_pretrained(micro_run).audio_lm
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in (("codec", audio_lm.codec),)}
     assert found["codec"].num_parameters == count["codec"]
 
@@ -244,8 +247,8 @@ unknown preset | train all --preset tinny --data DATA --out TMP/out | 'tinny'; c
 unknown stage | train codek --data DATA --out TMP/out | 'codek'; pass all or one of: codec
 scale | train all --scale nan --data DATA --out TMP/out | scale must be positive, got nan
 negative seed | train all --seed -1 --data DATA --out TMP/out | seed must not be negative, got -1
-no codec | train all --data DATA --out TMP/out --codec tinny | tinny.*bundled codecs: 16khz
-codec elsewhere | train all --data DATA --out TMP/out --codec a/b --offline | a/b.*available as bundled codecs: 16khz
+no codec | train all --data DATA --out TMP/out --codec tinny | tinny.*bundled model: codec_16khz
+codec elsewhere | train all --data DATA --out TMP/out --codec a/b --offline | local cache .offline.* has no model a/b
 no tokenizer | train all --data DATA --out TMP/out --semantic-tokenizer EMPTY | EMPTY.*bundled tokenizers: 16k
 codec as tokens | train all --data DATA --out TMP/out --semantic-tokenizer MODEL/codec |
     MODEL/codec contains a SoundStream, but a semantic tokenizer is needed

@@ -9,7 +9,7 @@ from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.semantic import BestRQEncoder, KMeansTokenizer
 from audiolm_pytorch.semantic.pretrained import FairseqVQWav2Vec
-from musiclm_pytorch.pretrained.bundled import mulan_named
+from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.recipes.corpus.corpus import make_corpus
 from musiclm_pytorch.recipes.semantic import write_probe_manifests
 from tests.helpers.installed_sounds import sounds_are_missing
@@ -100,7 +100,7 @@ def test_a_tokenizer_is_measured_with_its_encoder(musiclm_command, places, tmp_p
 @pytest.mark.slow
 def test_a_bundled_tokenizer_by_name(musiclm_command, places, tmp_path):
     """Its tokens are measured beside a layer."""
-    options = words({**places, "--encoder": "16khz"}, tmp_path / "out", labels="digit", layers="1", limit=20)
+    options = words({**places, "--encoder": "semantic_16khz"}, tmp_path / "out", labels="digit", layers="1", limit=20)
     assert musiclm_command(*options) == 0
     written = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [metric["name"] for metric in written["metrics"]] == ["log-mel / digit", "layer 1 / digit", "tokens / digit"]
@@ -208,9 +208,9 @@ def test_a_joint_embedding_is_measured_and_plotted(musiclm_command, planted, tmp
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--model", "nowhere", "no model .*nowhere.* bundled models: tiny"),
-        ("--model", "BARE", "bare contains no MuLaN"),
-        ("--model", "16khz", "no model '16khz'.* bundled models: tiny"),
+        ("--model", "nowhere", "no folder nowhere.* bundled model: .*tiny"),
+        ("--model", "BARE", "bare contains no complete JointEmbedding"),
+        ("--model", "codec_16khz", "codec_16khz holds a SoundStream, but a JointEmbedding is needed"),
         ("--data", "nowhere", "nowhere: no such folder"),
         ("--label", "mood", "--label must be one of instrument, tempo, drums, got mood"),
         ("--limit", 1, "at least 2 clips"),
@@ -246,26 +246,12 @@ def test_a_joint_embedding_is_found_wherever_runs_and_models_have_it(tmp_path):
     for below in ("own", "model/quantizer", "begun/mulan/model", "trainer/mulan"):
         save_module(mulan, tmp_path / below)
     for name in ("own", "", "model", "begun", "begun/mulan", "trainer"):
-        found = mulan_named(str(tmp_path / name))
+        found = JointEmbedding.from_pretrained(str(tmp_path / name))
         assert isinstance(found, PlantedMuLaN) and found.gap == 0.5 and not found.training
-    tiny = mulan_named("tiny")
+    tiny = JointEmbedding.from_pretrained("tiny")
     assert tiny.get_text_latents("a flute").shape == (1, tiny.dim_latent)
-    with pytest.raises(ValueError, match="but a joint embedding of audio and text is needed"):
-        mulan_named(str(saved_encoder(tmp_path / "encoder")))
-
-
-def test_a_hub_is_asked_only_for_its_ids(monkeypatch):
-    """An owner and a name are CLAP on a hub; offline is passed on."""
-    clap = pytest.importorskip("musiclm_pytorch.mulan.clap")
-    asked = []
-
-    def from_pretrained(source, *, offline=False):
-        asked.append((source, offline))
-        return PlantedMuLaN()
-
-    monkeypatch.setattr(clap.ClapMuLaN, "from_pretrained", from_pretrained)
-    assert isinstance(mulan_named("laion/clap", offline=True), PlantedMuLaN)
-    assert asked == [("laion/clap", True)]
+    with pytest.raises(ValueError, match="but a JointEmbedding is needed"):
+        JointEmbedding.from_pretrained(str(saved_encoder(tmp_path / "encoder")))
 
 
 @pytest.mark.slow

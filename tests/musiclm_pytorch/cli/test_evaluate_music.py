@@ -8,6 +8,7 @@ import torch
 from audiolm_pytorch.audio.files import write_audio
 from musiclm_pytorch.cli import evaluate_music
 from musiclm_pytorch.cli.evaluate_music import generate_clips, read_prompts
+from musiclm_pytorch.musiclm import MusicLM
 
 SAMPLE_HZ = 16_000
 CAPTIONS = ("slow cello", "fast flute", "slow flute", "fast violin", "a calm piano", "choir with guitars")
@@ -44,7 +45,7 @@ def test_report_of_clips_and_codec_copies(musiclm_command, tmp_path, capsys):
     real = written_clips(tmp_path / "real")
     generated = written_clips(tmp_path / "made", seed=1)
     out = tmp_path / "report"
-    options = ["--generated", tmp_path / "made", "--real", real, "--codec", "16khz", "--training", generated]
+    options = ["--generated", tmp_path / "made", "--real", real, "--codec", "codec_16khz", "--training", generated]
     assert musiclm_command("evaluate", "music", *options, "--out", out) == 0
     written = json.loads((out / "metrics.json").read_text())
     values = {value["name"]: value for value in written["metrics"]}
@@ -73,9 +74,8 @@ def test_report_of_clips_and_codec_copies(musiclm_command, tmp_path, capsys):
 @pytest.mark.slow
 def test_selected_metrics_of_a_model(musiclm_command, tmp_path, monkeypatch):
     """A model generates from captions; its clips are paired with the real clips, and stay in the folder."""
-    from musiclm_pytorch.pretrained import model_folder
 
-    monkeypatch.setattr(model_folder, "load_musiclm", lambda name, device: FakeMusicLM())
+    monkeypatch.setattr(MusicLM, "from_pretrained", lambda **source: FakeMusicLM())
     real = written_clips(tmp_path / "real")
     options = ["--model", "fake", "--real", real, "--num-samples", "2", "--seconds", "3", "--metrics", "beat", "tags"]
     assert musiclm_command("evaluate", "music", *options, "--out", tmp_path / "out") == 0
@@ -133,7 +133,7 @@ def test_mistakes_are_one_line(musiclm_command, tmp_path, capsys):
     real = written_clips(tmp_path / "real")
     for options, message in (
         ([], "pass --generated"),
-        (["--codec", "16khz"], "needs --real"),
+        (["--codec", "codec_16khz"], "needs --real"),
         (["--model", "tiny"], "--captions"),
         (["--real", real, "--metrics", "swing"], "no metric has such a name"),
         (["--musiccaps", tmp_path / "x.csv"], "needs --real"),

@@ -19,8 +19,8 @@ import torch
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.saving.files import read_json, read_weights, write_json
 from audiolm_pytorch.saving.modules import load_module
+from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.pipeline.pipeline import STEPS, Pipeline
-from musiclm_pytorch.pretrained.model_folder import load_musiclm
 from musiclm_pytorch.pretrained.parts import PARTS
 from tests.helpers import micro
 from tests.helpers.bad_input import listing
@@ -38,7 +38,7 @@ def test_the_model_of_a_run_generates(micro_run):
     """Every step writes a report, and the model generates audio of the requested length."""
     for stage in STEPS:
         assert read_json(micro_run / stage / "report.json")["seconds"] > 0
-    musiclm = load_musiclm(micro_run / "model")
+    musiclm = MusicLM.from_pretrained(micro_run / "model")
     assert not musiclm.training
     found = musiclm(["a low tone", "a very high tone"], num_samples=2, seconds=0.7, seed=5, return_all=True)
     assert found.sample_hz == 16000 and found.waves.shape == (2, 2, 0.7 * 16000)
@@ -57,7 +57,7 @@ def test_tokens_are_those_of_the_trained_parts(micro_run):
     record = shards[0]
     assert record["semantic"].shape == (25,) and record["acoustic"].shape == (50, 3)
     assert record["latents"].shape == (1, 128) and record["duration_seconds"] == 1.0
-    model = load_musiclm(micro_run / "model")
+    model = MusicLM.from_pretrained(micro_run / "model")
     assert shards.fingerprint["codec"] == model.audio_lm.codec.fingerprint()
     assert shards.fingerprint["semantic_tokenizer"] == model.audio_lm.wav2vec.fingerprint()
 
@@ -66,7 +66,7 @@ def test_stages_store_fingerprints(micro_run):
     """Checkpoints, results and the model have the fingerprints of the tokenizers and of the quantizer."""
     shards = TokenShards(micro_run / "tokens" / "train").fingerprint
     quantizer = load_module(micro_run / "quantizer" / "model").fingerprint()
-    assert load_musiclm(micro_run / "model").mulan_embed_quantizer.fingerprint() == quantizer
+    assert MusicLM.from_pretrained(micro_run / "model").mulan_embed_quantizer.fingerprint() == quantizer
     makers = {"semantic": shards["semantic_tokenizer"], "acoustic": shards["codec"]}
     for stage, kinds in {"semantic": ["semantic"], "coarse": ["semantic", "acoustic"], "fine": ["acoustic"]}.items():
         known = {**{kind: makers[kind] for kind in kinds}, "conditioner": quantizer}
@@ -277,7 +277,7 @@ def test_a_single_file_is_enough(tmp_path):
     """One file is enough to train a model."""
     pipeline = Pipeline(MICRO, data=write_clips(tmp_path / "data", 1), out=tmp_path / "run")
     list(pipeline.run())
-    assert load_musiclm(tmp_path / "run")("a low tone", seconds=0.5, num_samples=1, seed=0).isfinite().all()
+    assert MusicLM.from_pretrained(tmp_path / "run")("a low tone", seconds=0.5, num_samples=1, seed=0).isfinite().all()
 
 
 @pytest.mark.slow
@@ -315,7 +315,7 @@ def test_two_processes_train_all_steps(micro_data, tmp_path):
     )
     # gloo sometimes aborts at exit, after all work is done: what counts is the files
     assert (tmp_path / "run" / "model" / "musiclm.json").is_file(), done.stderr.decode()[-3000:]
-    wave = load_musiclm(tmp_path / "run" / "model")("a low tone", num_samples=1, seconds=0.5, seed=0)
+    wave = MusicLM.from_pretrained(tmp_path / "run" / "model")("a low tone", num_samples=1, seconds=0.5, seed=0)
     assert torch.isfinite(wave).all()
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from audiolm_pytorch.audio.files import read_audio
-from audiolm_pytorch.codecs import Codec, open_codec
+from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.data.captions import decode_texts
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.generation.request import GenerationRequest
@@ -19,12 +19,12 @@ from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from audiolm_pytorch.saving.model_folder import exact_dtype
 from audiolm_pytorch.saving.modules import load_module
 from audiolm_pytorch.semantic import SemanticTokenizer
-from musiclm_pytorch.mulan import JointEmbedding
+from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.pipeline.builders import build_codec, build_mulan, build_semantic_tokenizer
 from musiclm_pytorch.pipeline.estimate import estimate, estimate_steps
 from musiclm_pytorch.pipeline.pipeline import STEPS, Pipeline
 from musiclm_pytorch.pipeline.pretrained_parts import check_pretrained
-from musiclm_pytorch.pretrained.model_folder import export_musiclm, load_musiclm
+from musiclm_pytorch.pretrained.export import export_musiclm
 from tests.helpers.micro import MICRO, WORDS, write_clips
 
 PRETRAINED = ("codec", "semantic-tokenizer", "mulan")
@@ -96,14 +96,14 @@ def test_tokens_are_those_of_the_pretrained_parts(parts, pretrained_run, micro_d
 def test_fewer_levels_than_the_codec_has_are_modelled_decoded_and_exported(parts, pretrained_run, tmp_path):
     """With a preset of 3 levels and a codec of 5, the first 3 are generated, equally by the run and by its export."""
     out, _ = pretrained_run
-    model = load_musiclm(out)
+    model = MusicLM.from_pretrained(out)
     made = model.audio_lm.generate(GenerationRequest(batch_size=2, seconds=0.5, seeds=3))
     assert made.acoustic.shape == (2, 20, 3) and made.sample_hz == 24000
     assert torch.equal(parts["codec"].decode_from_codebook_indices(made.acoustic)[:, 0], made.wave)
     request = {"num_samples": 2, "seconds": 0.5, "seed": 3, "return_all": True}
     ours = model("a low tone", **request)
     export_musiclm(out, tmp_path / "out")
-    shipped = load_musiclm(tmp_path / "out")
+    shipped = MusicLM.from_pretrained(tmp_path / "out")
     assert torch.equal(shipped("a low tone", **request).waves, ours.waves)
     assert fingerprint_of(shipped.mulan_embed_quantizer.mulan) == fingerprint_of(parts["mulan"])
     assert {weight.dtype for weight in load_file(tmp_path / "out" / "fine" / "model.safetensors").values()} == {
@@ -219,7 +219,7 @@ def test_results_of_another_kind_are_refused(parts, pretrained_run, micro_data, 
         shutil.rmtree(wrong)
         shutil.copytree(out / "codec" / "model", wrong)
     with pytest.raises(ValueError, match="semantic_tokenizer holds a SoundStream, but a SemanticTokenizer is needed"):
-        load_musiclm(out)
+        MusicLM.from_pretrained(out)
     with pytest.raises(ValueError, match="model holds a SoundStream, but a SemanticTokenizer is needed"):
         Pipeline(MICRO, data=micro_data, out=out, pretrained=parts).tokens()
 
@@ -244,7 +244,7 @@ def write_encodec(folder: Path, channels: int) -> Path:
 @pytest.mark.parametrize("channels", [1, 2])
 def test_a_published_codec_as_pretrained_part(parts, channels, tmp_path, low_rates):
     """The tokens are the codes of EnCodec, mono or stereo, and a stage learns them."""
-    codec = open_codec(write_encodec(tmp_path / "encodec", channels))
+    codec = Codec.from_pretrained(write_encodec(tmp_path / "encodec", channels))
     passed = {**parts, "codec": codec}
     pipeline = Pipeline(MICRO, data=write_clips(tmp_path / "data", 5), out=tmp_path / "run", pretrained=passed)
     list(pipeline.run("quantizer"))
@@ -265,10 +265,10 @@ def test_a_published_codec_as_pretrained_part(parts, channels, tmp_path, low_rat
 def test_a_published_clap_as_pretrained_part(parts, tmp_path):
     """CLAP is not rounded in the quantizer."""
     pytest.importorskip("transformers")
-    from musiclm_pytorch.pretrained.bundled import mulan_named
+    from musiclm_pytorch.mulan.joint import JointEmbedding
     from tests.musiclm_pytorch.mulan.test_clap import write_clap
 
-    clap = mulan_named(str(write_clap(tmp_path / "clap")))
+    clap = JointEmbedding.from_pretrained(str(write_clap(tmp_path / "clap")))
     assert isinstance(clap, JointEmbedding)
     pipeline = Pipeline(
         MICRO, data=write_clips(tmp_path / "data", 5), out=tmp_path / "run", pretrained={**parts, "mulan": clap}

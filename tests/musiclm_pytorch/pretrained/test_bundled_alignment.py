@@ -8,10 +8,11 @@ import soundfile
 import torch
 from torch import Tensor, nn
 
+from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.data import load_items
 from audiolm_pytorch.lm.stages import CoarseTransformer
 from audiolm_pytorch.lm.training_data import WaveSource
-from musiclm_pytorch.pretrained.bundled import codec_named, tokenizer_named
+from audiolm_pytorch.semantic.base import SemanticTokenizer
 
 FILE_HZ, MODEL_HZ = 22050, 16000
 CLICKS = torch.tensor([0.311, 0.722, 1.148, 1.571, 2.032, 2.469])
@@ -20,7 +21,7 @@ CODEC_FRAME_SECONDS, TOKENS_PER_SECOND = 0.02, 25
 
 @cache
 def parts():
-    return tokenizer_named("16khz"), codec_named("16khz")
+    return SemanticTokenizer.from_pretrained("semantic_16khz"), Codec.from_pretrained("codec_16khz")
 
 
 def click_track(times: Tensor, seconds: float, sample_hz: int) -> Tensor:

@@ -44,9 +44,9 @@ def test_teacher_forced_samples_are_the_most_probable_tokens_given_the_real_past
 @pytest.mark.slow
 def test_links_of_the_bundled_model():
     """One wave per clip and link; a copy with all levels follows the clip most closely."""
-    from musiclm_pytorch import load_musiclm
+    from musiclm_pytorch import MusicLM
 
-    model = load_musiclm("tiny")
+    model = MusicLM.from_pretrained("tiny")
     time = torch.arange(2 * model.sample_hz) / model.sample_hz
     waves = 0.3 * torch.sin(2 * torch.pi * torch.tensor([[220.0], [330.0]]) * time)
     links = chain_waves(model, waves, ["slow flute", "fast piano"])

@@ -23,9 +23,9 @@ def test_copies_match_and_unrelated_tokens_do_not():
 @pytest.mark.slow
 def test_continuations_of_the_bundled_model(tmp_path):
     """The same clip has the same continuation, whose length is that of the rest of the clip."""
-    from musiclm_pytorch import load_musiclm
+    from musiclm_pytorch import MusicLM
 
-    model = load_musiclm("tiny")
+    model = MusicLM.from_pretrained("tiny")
     time = torch.arange(2 * 16_000) / 16_000
     for number, pitch_hz in enumerate((220, 330, 220)):
         write_audio(tmp_path / f"{number}.wav", 0.3 * torch.sin(2 * torch.pi * pitch_hz * time), 16_000)

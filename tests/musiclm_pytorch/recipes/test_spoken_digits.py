@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from audiolm_pytorch.audio.files import read_audio, write_audio
+from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.data import AudioItem
 from audiolm_pytorch.data.manifest import load_items
 from audiolm_pytorch.saving.modules import load_module, save_module
+from audiolm_pytorch.semantic.base import SemanticTokenizer
 from musiclm_pytorch.evaluation.classifier import AttributeClassifier
 from musiclm_pytorch.evaluation.clip_features import ClipFeatures
-from musiclm_pytorch.pretrained.bundled import codec_named, tokenizer_named
 from musiclm_pytorch.recipes import spoken_digits
 from musiclm_pytorch.recipes.memory import peak_bytes_of
 from musiclm_pytorch.recipes.metrics.spoken_metrics import (
@@ -186,7 +187,7 @@ def test_histogram_counts_every_share() -> None:
 @pytest.mark.slow
 def test_stages_are_compatible_with_the_bundled_parts() -> None:
     """Levels have no gap, rates are those of the tokenizers, and there is no condition."""
-    stages = build_stages(codec_named("16khz"), tokenizer_named("16khz"))
+    stages = build_stages(Codec.from_pretrained("codec_16khz"), SemanticTokenizer.from_pretrained("semantic_16khz"))
     assert list(stages) == ["semantic", "coarse", "fine"]
     coarse, fine = (stages["coarse"].sources["coarse"], stages["fine"].sources["fine"])
     assert (coarse.first_level, coarse.num_levels, fine.first_level, fine.num_levels) == (0, 2, 2, 2)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from audiolm_pytorch import AudioLM, CoarseTransformer, FineTransformer, SemanticTransformer
-from audiolm_pytorch.codecs import Codec, DacWrapper, EncodecWrapper, MimiWrapper, SoundStream, open_codec
+from audiolm_pytorch.codecs import Codec, DacWrapper, EncodecWrapper, MimiWrapper, SoundStream
 from audiolm_pytorch.codecs.pretrained import chunked
 from audiolm_pytorch.codecs.pretrained.chunked import Span, apply_chunked, span_of
 from audiolm_pytorch.generation.request import GenerationRequest
@@ -105,7 +105,7 @@ def ours(codec, wave):
 def test_codes_and_waves_are_those_of_transformers(models, name, num_samples):
     """Other padding, scaling or order would produce codes that are incompatible with published models."""
     model, folder = models[name]
-    codec = open_codec(folder)
+    codec = Codec.from_pretrained(folder)
     wave = torch.randn(2, codec.channels, num_samples) * 0.3
     expected_codes, expected_wave = theirs(name, model, wave)
     codes, decoded = ours(codec, wave)
@@ -121,7 +121,7 @@ def test_codes_and_waves_are_those_of_transformers(models, name, num_samples):
 @every_codec
 def test_adapter_meets_the_contract(models, name):
     """The stages use only these attributes and shapes."""
-    codec = open_codec(models[name][1])
+    codec = Codec.from_pretrained(models[name][1])
     assert isinstance(codec, Codec)
     assert (codec.target_sample_hz, codec.downsample_factor) == (800, {"dac": 10, "mimi": 16}.get(name, 8))
     assert codec.channels == (2 if name == "encodec_stereo" else 1)
@@ -139,7 +139,7 @@ def test_adapter_meets_the_contract(models, name):
 @every_codec
 def test_any_number_of_samples_is_restored(models, name):
     """Lengths that are no multiple of a stride, shorter than a kernel, and around the ends of segments."""
-    codec = open_codec(models[name][1])
+    codec = Codec.from_pretrained(models[name][1])
     for num_samples in [*range(1, 42), 395, 396, 397, 398, 399, 400, 401, 404, 405, 792, 793, 797, 1193, 1197, 1601]:
         wave = torch.randn(1, codec.channels, num_samples)
         codes = codec.tokenize(wave)
@@ -153,7 +153,7 @@ def test_any_number_of_samples_is_restored(models, name):
 @every_codec
 def test_an_item_alone_equals_itself_in_a_padded_batch(models, name):
     """Padding does not change codes through reflections, look-ahead, loudness or norms over time."""
-    codec = open_codec(models[name][1])
+    codec = Codec.from_pretrained(models[name][1])
     wave = torch.randn(4, codec.channels, 1203)
     lengths = torch.tensor([1203, 801, 3, 801])
     codes = codec.tokenize(wave, lengths)
@@ -168,7 +168,7 @@ def test_an_item_alone_equals_itself_in_a_padded_batch(models, name):
 @every_codec
 def test_any_number_of_levels_decodes(models, name):
     """A prefix of the levels is a coarser version of the same sound."""
-    codec = open_codec(models[name][1])
+    codec = Codec.from_pretrained(models[name][1])
     codes = codec.tokenize(torch.randn(1, codec.channels, 400))
     waves = [codec.decode_from_codebook_indices(codes[..., :levels]) for levels in range(1, codec.num_quantizers + 1)]
     assert len(waves) >= 2 and not torch.equal(waves[0], waves[1])
@@ -178,7 +178,7 @@ def test_any_number_of_levels_decodes(models, name):
 @every_codec
 def test_long_audio_in_chunks_has_the_same_result(models, name, monkeypatch):
     """Convolutions receive at most a chunk with its context."""
-    codec = open_codec(models[name][1])
+    codec = Codec.from_pretrained(models[name][1])
     wave = torch.randn(1, codec.channels, 4003)
     codes, decoded = ours(codec, wave)
     monkeypatch.setattr(chunked, "CHUNK_SAMPLES", 300)
@@ -206,7 +206,7 @@ def test_reach_is_an_upper_bound():
 @pytest.mark.slow
 def test_stereo_segments_have_scales(models):
     """Scales restore the loudness of segments; without them all segments are equally loud."""
-    codec = open_codec(models["encodec_stereo"][1])
+    codec = Codec.from_pretrained(models["encodec_stereo"][1])
     loud = torch.randn(1, 2, 396)
     wave = torch.cat([loud, loud * 0.01, torch.zeros(1, 2, 396)], dim=-1)
     codes, scales = codec.encode(wave)
@@ -223,9 +223,9 @@ def test_stereo_segments_have_scales(models):
     with pytest.raises(ValueError, match="one per segment"):
         codec.decode(codes, scales[:, :2])
     with pytest.raises(ValueError, match="does not normalise"):
-        mono = open_codec(models["encodec_mono"][1])
+        mono = Codec.from_pretrained(models["encodec_mono"][1])
         mono.decode(mono.tokenize(torch.randn(1, 80)), torch.ones(1, 1))
-    assert open_codec(models["encodec_mono"][1]).encode(torch.randn(1, 80)).scales is None
+    assert Codec.from_pretrained(models["encodec_mono"][1]).encode(torch.randn(1, 80)).scales is None
 
 
 def test_frames_of_segments_follow_from_the_number_of_frames(models):
@@ -265,13 +265,13 @@ def test_a_local_folder_needs_no_network_and_a_hub_id_raises_offline(models, tmp
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    assert open_codec(str(models["mimi"][1]), offline=True).num_quantizers == 4
-    for opener in (open_codec, EncodecWrapper, DacWrapper, MimiWrapper):
+    assert Codec.from_pretrained(str(models["mimi"][1]), offline=True).num_quantizers == 4
+    for opener in (Codec.from_pretrained, EncodecWrapper, DacWrapper, MimiWrapper):
         with pytest.raises(ValueError, match="offline.*local folder"):
             opener("facebook/encodec_24khz", offline=True, cache_dir=tmp_path)
     for missing in ("./no/such", tmp_path / "owner" / "name", "model"):
         with pytest.raises(ValueError, match="there is no folder"):
-            open_codec(missing)
+            Codec.from_pretrained(missing)
 
 
 def test_a_hub_id_is_downloaded_once_with_its_revision_and_licence(models, tmp_path, monkeypatch, caplog):
@@ -284,9 +284,9 @@ def test_a_hub_id_is_downloaded_once_with_its_revision_and_licence(models, tmp_p
     with caplog.at_level(logging.INFO, "audiolm_pytorch"):
         codec = MimiWrapper(revision="main", num_quantizers=3)
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message == f"codec {codec.description}"
+    assert message == "kyutai/mimi: licence of the weights CC-BY 4.0 (kyutai-labs/moshi)"
     for part in ("kyutai/mimi", "0abc", "800 Hz", "50 frames/s x 3 levels of 16", "= 0.6 kbps", "CC-BY 4.0"):
-        assert part in message
+        assert part in codec.description
     ((name, options),) = asked
     assert name == "kyutai/mimi" and options["revision"] == "main" and not options["local_files_only"]
     assert "*.bin" not in options["allow_patterns"]
@@ -300,9 +300,9 @@ def test_a_hub_id_is_downloaded_once_with_its_revision_and_licence(models, tmp_p
 def test_without_transformers_the_extra_is_named(models, monkeypatch):
     """The message holds the pip command."""
     monkeypatch.setitem(sys.modules, "transformers", None)
-    for source in (models["dac"][1], "facebook/encodec_24khz"):
+    for opener, source in ((Codec.from_pretrained, models["dac"][1]), (EncodecWrapper, "facebook/encodec_24khz")):
         with pytest.raises(ImportError, match=r'pip install "musiclm\[pretrained\]"'):
-            open_codec(source)
+            opener(source)
 
 
 def test_unreadable_models_raise(models, folder, tmp_path):
@@ -311,26 +311,26 @@ def test_unreadable_models_raise(models, folder, tmp_path):
     with pytest.raises(ValueError, match="'encodec'; pass a model of type 'dac'"):
         DacWrapper(folder)
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
-    with pytest.raises(ValueError, match="'bert'.*'dac', 'encodec', 'mimi'"):
-        open_codec(folder)
+    with pytest.raises(ValueError, match="'bert'.*dac, encodec, mimi"):
+        Codec.from_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({"sampling_rate": 1}))
-    with pytest.raises(ValueError, match="no entry model_type"):
-        open_codec(folder)
+    with pytest.raises(ValueError, match="format_version None"):
+        Codec.from_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
     weights = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in weights.items() if "lstm" not in k}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="missing or of another shape.*lstm"):
-        open_codec(folder)
+        Codec.from_pretrained(folder)
     (folder / "model.safetensors").write_bytes(b"junk" * 10)
     with pytest.raises(ValueError, match="cannot be loaded as EncodecModel"):
-        open_codec(folder)
+        Codec.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="only pytorch_model.bin.*save_pretrained"):
-        open_codec(folder)
+        Codec.from_pretrained(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="has no config.json"):
-        open_codec(folder)
+    with pytest.raises(ValueError, match="no complete Codec .config.json is missing"):
+        Codec.from_pretrained(folder)
 
 
 def test_weights_of_older_releases_and_of_half_precision_load(models, folder):
@@ -345,11 +345,11 @@ def test_weights_of_older_releases_and_of_half_precision_load(models, folder):
     assert set(old) != set(new)
     save_file(old, folder / "model.safetensors", {"format": "pt"})
     wave = torch.randn(1, 400)
-    expected = open_codec(models["encodec_mono"][1])
-    assert torch.equal(open_codec(folder).tokenize(wave), expected.tokenize(wave))
-    assert open_codec(folder).fingerprint() == expected.fingerprint()
+    expected = Codec.from_pretrained(models["encodec_mono"][1])
+    assert torch.equal(Codec.from_pretrained(folder).tokenize(wave), expected.tokenize(wave))
+    assert Codec.from_pretrained(folder).fingerprint() == expected.fingerprint()
     expected.model.half().save_pretrained(folder)
-    assert next(open_codec(folder).parameters()).dtype == torch.float32
+    assert next(Codec.from_pretrained(folder).parameters()).dtype == torch.float32
 
 
 @pytest.mark.slow
@@ -357,7 +357,7 @@ def test_fingerprint_depends_on_the_codec_only(models, folder):
     """Codecs with other codes have other fingerprints; the same codec in another folder has an equal one."""
     codec = EncodecWrapper(folder)
     moved = shutil.copytree(folder, folder.with_name("moved"))
-    assert codec.fingerprint() == open_codec(moved).fingerprint() == copy.deepcopy(codec).fingerprint()
+    assert codec.fingerprint() == Codec.from_pretrained(moved).fingerprint() == copy.deepcopy(codec).fingerprint()
     codec.decode_from_codebook_indices(codec.tokenize(torch.randn(1, 100)))
     seen = {
         codec.fingerprint(),
@@ -367,16 +367,16 @@ def test_fingerprint_depends_on_the_codec_only(models, folder):
     codec.model.quantizer.layers[0].codebook.embed[0, 0] += 1e-3
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps({**config, "pad_mode": "constant"}))
-    seen |= {codec.fingerprint(), open_codec(moved).fingerprint()}
+    seen |= {codec.fingerprint(), Codec.from_pretrained(moved).fingerprint()}
     assert len(seen) == 5
-    assert len({open_codec(models[name][1]).fingerprint() for name in CONFIGS}) == 4
+    assert len({Codec.from_pretrained(models[name][1]).fingerprint() for name in CONFIGS}) == 4
 
 
 @pytest.mark.slow
 @every_codec
 def test_codec_is_frozen_and_stays_in_eval_mode(models, name):
     """train() of a parent module neither enables level dropout nor gradients."""
-    codec = open_codec(models[name][1])
+    codec = Codec.from_pretrained(models[name][1])
     wave = torch.randn(1, codec.channels, 200)
     codes = codec.tokenize(wave)
     parent = torch.nn.ModuleList([codec]).train()
@@ -390,7 +390,7 @@ def test_codec_is_frozen_and_stays_in_eval_mode(models, name):
 @every_codec
 def test_codec_is_copied_moved_and_saved_as_a_module(models, name, tmp_path):
     """Cached values that derive from weights follow copies, moves and loading."""
-    codec = open_codec(models[name][1])
+    codec = Codec.from_pretrained(models[name][1])
     wave = torch.randn(1, codec.channels, 200)
     codes = codec.tokenize(wave)
     twin = copy.deepcopy(codec)
@@ -400,7 +400,7 @@ def test_codec_is_copied_moved_and_saved_as_a_module(models, name, tmp_path):
     assert torch.equal(twin.double().tokenize(wave), codes)
     assert twin.decode_from_codebook_indices(codes).dtype == torch.float64
     save_module(twin.float(), tmp_path / "own")
-    back = open_codec(tmp_path / "own")
+    back = Codec.from_pretrained(tmp_path / "own")
     assert torch.equal(back.tokenize(wave), codes)
     assert (back.fingerprint(), fingerprint_of(back)) == (twin.fingerprint(), fingerprint_of(twin))
     assert back.origin["source"] == name and not any(parameter.requires_grad for parameter in back.parameters())
@@ -420,13 +420,13 @@ def test_bad_audio_raises(models, wave, message):
     """Wrong rank, channels, empty, integer, NaN and infinite audio."""
     for name in ("encodec_mono", "dac", "mimi"):
         with pytest.raises(ValueError, match=message):
-            open_codec(models[name][1]).tokenize(wave)
+            Codec.from_pretrained(models[name][1]).tokenize(wave)
 
 
 @pytest.mark.slow
 def test_bad_requests_raise(models):
     """Wrong channels, lengths, codes and bitrates; the message states valid values."""
-    codec = open_codec(models["encodec_stereo"][1])
+    codec = Codec.from_pretrained(models["encodec_stereo"][1])
     with pytest.raises(ValueError, match=r"must be \[b, 2, n\]"):
         codec.tokenize(torch.zeros(1, 100))
     for lengths in (torch.tensor([0, 1]), torch.tensor([1, 101]), torch.tensor([1]), torch.tensor([1.0, 2.0])):
@@ -450,27 +450,27 @@ def test_bad_requests_raise(models):
 def test_silence_and_extremes_stay_finite(models):
     """The 48 kHz model divides by the loudness of a segment, which is zero for silence."""
     for name in CONFIGS:
-        codec = open_codec(models[name][1])
+        codec = Codec.from_pretrained(models[name][1])
         for level in (0.0, 1.0, -1.0, 1e-30):
             wave = torch.full((1, codec.channels, 300), level)
             assert torch.isfinite(codec.decode_from_codebook_indices(codec.tokenize(wave))).all()
 
 
 def test_a_saved_soundstream_opens(tmp_path):
-    """open_codec also opens our codecs; another module raises."""
+    """`Codec.from_pretrained` also opens our codecs; another module raises."""
     torch.manual_seed(0)
     codec = SoundStream(codebook_size=16, rq_num_quantizers=2, codebook_dim=8, channels=4, strides=(2, 4)).eval()
     save_module(codec, tmp_path / "codec")
-    opened = open_codec(tmp_path / "codec", offline=True)
+    opened = Codec.from_pretrained(tmp_path / "codec", offline=True)
     assert isinstance(opened, SoundStream) and opened.fingerprint() == codec.fingerprint()
     save_module(codec.quantizer, tmp_path / "quantizer")
     with pytest.raises(ValueError, match="a Codec is needed"):
-        open_codec(tmp_path / "quantizer")
+        Codec.from_pretrained(tmp_path / "quantizer")
 
 
 def test_audiolm_generates_with_encodec(models):
     """The stages need only the contract of codecs."""
-    codec = open_codec(models["encodec_mono"][1])
+    codec = Codec.from_pretrained(models["encodec_mono"][1])
     assert codec.num_quantizers == 4
     audio_lm = AudioLM(
         wav2vec=FakeSemanticTokenizer(),

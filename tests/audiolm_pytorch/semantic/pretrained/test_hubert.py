@@ -279,7 +279,7 @@ def test_encoders_open_from_everywhere(published, tokenizer, tmp_path):
     assert isinstance(open_encoder(tmp_path / "own"), BestRQEncoder)
     save_module(SemanticTransformer(num_semantic_tokens=12, **SIZES), tmp_path / "other")
     for source, message in [
-        (tmp_path / "other", "has a SemanticTransformer; an encoder or"),
+        (tmp_path / "other", "holds a SemanticTransformer, but a FrameEncoder is needed"),
         (tmp_path / "missing.pt", "there is no file"),
         (tmp_path / "missing", "there is no folder"),
         (tmp_path, "no config.json"),

@@ -8,7 +8,7 @@ from audiolm_pytorch.data.manifest import load_items
 from musiclm_pytorch.evaluation.joint_embedder import JointEmbedder
 from musiclm_pytorch.evaluation.metric import ClipSet, extract
 from musiclm_pytorch.evaluation.metrics.text_similarity import TextSimilarity
-from musiclm_pytorch.pretrained.bundled import mulan_named
+from musiclm_pytorch.mulan.joint import JointEmbedding
 
 
 @pytest.mark.slow
@@ -22,7 +22,7 @@ def test_clap_score_agrees_with_transformers(tmp_path):
         write_audio(tmp_path / "clips" / f"{number}.flac", sound(2.0, number), HZ)
         (tmp_path / "clips" / f"{number}.txt").write_text(text, encoding="utf-8")
     items = load_items(tmp_path / "clips").items
-    embedder = JointEmbedder(mulan_named(str(folder)), "CLAP")
+    embedder = JointEmbedder(JointEmbedding.from_pretrained(str(folder)), "CLAP")
     clips = ClipSet("clips", items, extract(items, [embedder]))
     value = TextSimilarity(embedder).measure(clips, None, None)[0]
     audio = torch.nn.functional.normalize(theirs(folder, [sound(2.0, n) for n in range(len(TEXTS))]), dim=-1)

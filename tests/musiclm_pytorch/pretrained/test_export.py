@@ -5,18 +5,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.saving import model_folder as folders
 from audiolm_pytorch.saving.files import read_json, write_json
 from audiolm_pytorch.saving.modules import load_module, save_module
+from audiolm_pytorch.saving.sources import bundled_folder
+from audiolm_pytorch.semantic.base import SemanticTokenizer
+from audiolm_pytorch.semantic.pretrained import open_encoder
+from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.pretrained import parts as model_parts
-from musiclm_pytorch.pretrained.bundled import (
-    BUNDLED_TOKENIZERS,
-    bundled_folder,
-    codec_named,
-    encoder_named,
-    tokenizer_named,
-)
-from musiclm_pytorch.pretrained.model_folder import export_musiclm, load_musiclm, model_folder
+from musiclm_pytorch.pretrained.export import export_musiclm
 from musiclm_pytorch.pretrained.parts import PARTS
 
 SETTINGS = {
@@ -45,14 +43,14 @@ def test_exported_model_generates_the_same(micro_run, tmp_path):
     for name in PARTS:
         weights = load_file(tmp_path / "shipped" / name / "model.safetensors")
         assert {tensor.dtype for tensor in weights.values()} <= {torch.float16, torch.int64, torch.bool}
-    ours = load_musiclm(micro_run / "model")("a low tone", **REQUEST)
-    shipped = load_musiclm(tmp_path / "shipped")("a low tone", **REQUEST)
+    ours = MusicLM.from_pretrained(micro_run / "model")("a low tone", **REQUEST)
+    shipped = MusicLM.from_pretrained(tmp_path / "shipped")("a low tone", **REQUEST)
     assert torch.equal(ours.waves, shipped.waves) and torch.equal(ours.scores, shipped.scores)
 
 
 def test_trained_conditioning_tables_are_in_the_model(micro_run):
     """The quantizer of the model has the conditioning tables that were trained with the stages."""
-    assembled = load_musiclm(micro_run / "model").mulan_embed_quantizer
+    assembled = MusicLM.from_pretrained(micro_run / "model").mulan_embed_quantizer
     for stage in ("semantic", "coarse", "fine"):
         trained = load_file(micro_run / stage / "conditioning_table.safetensors")["weight"]
         assert torch.equal(assembled.table(stage).weight, trained.half().float())
@@ -62,12 +60,12 @@ def test_trained_conditioning_tables_are_in_the_model(micro_run):
 def test_settings_of_the_card_are_the_defaults(micro_run, tmp_path):
     """Sampling settings and the number of levels are stored in the model."""
     export_musiclm(micro_run, tmp_path / "chosen", SETTINGS)
-    musiclm = load_musiclm(tmp_path / "chosen")
+    musiclm = MusicLM.from_pretrained(tmp_path / "chosen")
     sampling = musiclm.audio_lm.sampling
     assert (sampling["semantic"].temperature, sampling["semantic"].top_k) == (0.7, 5)
     assert sampling["coarse"].guidance_scale == 2.0 and sampling["fine"].temperature == 0.4
     assert musiclm.num_levels == 1
-    plain = load_musiclm(micro_run)
+    plain = MusicLM.from_pretrained(micro_run)
     # The exported settings replace all sampling settings of the run.
     sampling = {name: vars(settings) for name, settings in sampling.items()}
     said = plain("a low tone", **REQUEST, sampling=sampling, num_levels=1)
@@ -97,7 +95,7 @@ def test_invalid_settings_are_refused(micro_run, model, tmp_path, settings):
     assert not (tmp_path / "out").exists()
     change_card(model, **settings)
     with pytest.raises(ValueError, match="are not compatible"):
-        load_musiclm(model)
+        MusicLM.from_pretrained(model)
 
 
 @pytest.mark.parametrize("file", ["codec/config.json", "fine/model.safetensors", "quantizer"])
@@ -105,7 +103,7 @@ def test_missing_file_is_named(model, file):
     """The error for an incomplete copy names the missing file."""
     shutil.rmtree(model / file) if (model / file).is_dir() else (model / file).unlink()
     with pytest.raises(ValueError, match=f"lacks .*{file}.*copy"):
-        load_musiclm(model)
+        MusicLM.from_pretrained(model)
 
 
 def test_damaged_or_replaced_files_are_named(model):
@@ -114,17 +112,17 @@ def test_damaged_or_replaced_files_are_named(model):
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="fine/model.safetensors is not a readable"):
-        load_musiclm(model)
+        MusicLM.from_pretrained(model)
     shutil.rmtree(model / "fine")
     shutil.copytree(model / "coarse", model / "fine")
     with pytest.raises(ValueError, match="fine holds a CoarseTransformer, but a FineTransformer is needed"):
-        load_musiclm(model)
+        MusicLM.from_pretrained(model)
     change_card(model, format_version=2)
     with pytest.raises(ValueError, match=r"musiclm.json has format version 2, but this library reads version 1"):
-        load_musiclm(model)
+        MusicLM.from_pretrained(model)
     (model / "musiclm.json").write_text("[]")
     with pytest.raises(ValueError, match="format version None"):
-        load_musiclm(model)
+        MusicLM.from_pretrained(model)
 
 
 def exchange(model, part):
@@ -154,7 +152,7 @@ def test_parts_of_different_models_are_refused(model, tmp_path, part, kind, stag
     codes = "conditioning codes" if kind == "conditioner" else f"{kind} tokens"
     message = f"are not compatible: the {codes} .* {stage} transformer was trained with {known}, .* is {other}"
     with pytest.raises(ValueError, match=message):
-        load_musiclm(model)
+        MusicLM.from_pretrained(model)
     with pytest.raises(ValueError, match=message):
         export_musiclm(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -169,7 +167,7 @@ def test_model_of_an_older_release_is_loaded(model, tmp_path):
         write_json(model / stage / "config.json", config)
     exchange(model, "codec")
     exchange(model, "quantizer")
-    assert load_musiclm(model)("a low tone", **REQUEST).waves.isfinite().all()
+    assert MusicLM.from_pretrained(model)("a low tone", **REQUEST).waves.isfinite().all()
     export_musiclm(model, tmp_path / "out")
     assert "token_fingerprints" not in read_json(tmp_path / "out" / "coarse" / "config.json")["config"]
 
@@ -193,7 +191,9 @@ def test_what_half_precision_would_change_is_exported_as_it_is(model, tmp_path, 
         write_json(model / stage / "config.json", config)
     export_musiclm(model, tmp_path / "out")
     assert load_module(tmp_path / "out" / part).fingerprint() == module.fingerprint()
-    ours, shipped = (load_musiclm(folder)("a low tone", **REQUEST).waves for folder in (model, tmp_path / "out"))
+    ours, shipped = (
+        MusicLM.from_pretrained(folder)("a low tone", **REQUEST).waves for folder in (model, tmp_path / "out")
+    )
     assert torch.equal(ours, shipped)
     stored = {name: load_file(tmp_path / "out" / name / "model.safetensors").values() for name in PARTS}
     assert [name for name, tensors in stored.items() if any(t.dtype == torch.float32 for t in tensors)] == [part]
@@ -208,7 +208,7 @@ def test_tables_of_a_quantizer_may_be_rounded(model, tmp_path):
     export_musiclm(model, tmp_path / "out")
     stored = load_file(tmp_path / "out" / "quantizer" / "model.safetensors").values()
     assert all(tensor.dtype != torch.float32 for tensor in stored)
-    assert load_musiclm(tmp_path / "out").mulan_embed_quantizer.fingerprint() == quantizer.fingerprint()
+    assert MusicLM.from_pretrained(tmp_path / "out").mulan_embed_quantizer.fingerprint() == quantizer.fingerprint()
 
 
 @pytest.fixture
@@ -234,11 +234,11 @@ def test_parts_of_the_package_are_loaded(model, packaged, tmp_path):
     for part in SHARED:
         shutil.rmtree(shared / part)
     change_card(shared, bundled_parts=SHARED)
-    waves = [load_musiclm(folder)("a low tone", **REQUEST).waves for folder in (model, shared)]
+    waves = [MusicLM.from_pretrained(folder)("a low tone", **REQUEST).waves for folder in (model, shared)]
     assert torch.equal(*waves)
     assert export_musiclm(shared, tmp_path / "exported") == export_musiclm(model, tmp_path / "whole")
     assert "bundled_parts" not in read_json(tmp_path / "exported" / "musiclm.json")
-    assert torch.equal(load_musiclm(tmp_path / "exported")("a low tone", **REQUEST).waves, waves[0])
+    assert torch.equal(MusicLM.from_pretrained(tmp_path / "exported")("a low tone", **REQUEST).waves, waves[0])
 
 
 @pytest.mark.parametrize(
@@ -263,16 +263,18 @@ def test_parts_that_the_package_lacks_are_named(model, packaged, named, message)
     """Only plain names of bundled parts are accepted, and the error lists the available ones."""
     change_card(model, bundled_parts=named)
     with pytest.raises(ValueError, match=message):
-        load_musiclm(model)
+        MusicLM.from_pretrained(model)
 
 
 def test_names_and_folders_of_models(micro_run, tmp_path):
     """A model is found by its folder or by the folder of its run; other names raise an error."""
-    assert model_folder(micro_run) == model_folder(micro_run / "model") == micro_run / "model"
-    with pytest.raises(ValueError, match="there is no model 'nobody'"):
-        model_folder("nobody")
-    with pytest.raises(ValueError, match=r"musiclm.json is missing.; finish it with musiclm train all"):
-        model_folder(tmp_path)
+    assert MusicLM.find(micro_run) == MusicLM.find(micro_run / "model") == micro_run / "model"
+    with pytest.raises(ValueError, match="there is no folder nobody; .* bundled model: .*tiny"):
+        MusicLM.find("nobody")
+    with pytest.raises(
+        ValueError, match=r"no complete MusicLM .musiclm.json is missing.; pass .* finished training run"
+    ):
+        MusicLM.find(tmp_path)
 
 
 def test_export_destroys_nothing(micro_run, tmp_path):
@@ -327,22 +329,24 @@ def test_an_interrupted_export_leaves_the_old_model(micro_run, model, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BUNDLED_TOKENIZERS)
-def test_bundled_tokenizers_have_names(name):
-    """Every name opens a tokenizer and its encoder."""
-    tokenizer = tokenizer_named(name)
+def test_the_bundled_tokenizer_and_its_encoder_have_one_name():
+    """The encoder is found in the tokenizer."""
+    tokenizer = SemanticTokenizer.from_pretrained("semantic_16khz")
     ids = tokenizer(torch.zeros(1, 32_000), input_sample_hz=32_000)
     assert ids.shape == (1, 25) and 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.codebook_size
-    assert encoder_named(name).depth == tokenizer.layer
-    with pytest.raises(ValueError, match="bundled tokenizers: 16khz"):
-        tokenizer_named("32khz")
+    assert open_encoder("semantic_16khz").depth == tokenizer.layer
+    with pytest.raises(ValueError, match="semantic_16khz holds a KMeansTokenizer, but a Codec is needed"):
+        Codec.from_pretrained("semantic_16khz")
 
 
 @pytest.mark.slow
 def test_bundled_stages_have_fingerprints():
     """The bundled stages have the fingerprints of the bundled tokenizers and quantizer."""
     folder = bundled_folder("tiny")
-    known = {"semantic": tokenizer_named("16khz").fingerprint(), "acoustic": codec_named("16khz").fingerprint()}
+    known = {
+        "semantic": SemanticTokenizer.from_pretrained("semantic_16khz").fingerprint(),
+        "acoustic": Codec.from_pretrained("codec_16khz").fingerprint(),
+    }
     known["conditioner"] = load_module(folder / "quantizer").fingerprint()
     for stage, kinds in (("semantic", ["semantic"]), ("coarse", ["semantic", "acoustic"]), ("fine", ["acoustic"])):
         assert load_module(folder / stage).token_fingerprints == {kind: known[kind] for kind in [*kinds, "conditioner"]}

@@ -1,0 +1,46 @@
+"""Export the model of a training run as a model folder, which contains a whole MusicLM (see `parts`)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from beartype import beartype
+
+from audiolm_pytorch.saving.model_folder import read_card
+from audiolm_pytorch.saving.sharing import card_text, write_card
+from musiclm_pytorch.musiclm import MusicLM
+from musiclm_pytorch.pretrained.parts import CARD, read_parts, save_parts
+
+__all__ = ["export_musiclm"]
+
+
+@beartype
+def export_musiclm(run: str | Path, out: str | Path, settings: Mapping[str, Any] | None = None) -> int:
+    """Copy the model of the training run or model folder `run` to `out` with fp16 weights; return its size in bytes.
+
+    The folder `out` must be new or empty, or contain a model, which is then replaced. `settings` are fields of
+    `musiclm.json`, for example `{"num_levels": 2}` or `{"sampling": {"coarse": {"temperature": 0.8}}}`.
+    """
+    folder, out = MusicLM.find(run), Path(out)
+    if out.exists() and not _may_be_replaced(out):
+        raise ValueError(f"{out} contains files that do not belong to a model; pass a new or empty folder")
+    card, parts = read_parts(folder)
+    card.update({**(settings or {}), "weights": "float16"})
+    text = card_text(MusicLM.of_parts(parts, card, folder))
+    about = {key: value for key, value in card.items() if key not in ("format_version", "parts", "bundled_parts")}
+    files = [*save_parts(out, parts, about, torch.float16), write_card(out, text)]
+    return sum(file.stat().st_size for file in files)
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    """Whether a folder contains a model, or nothing except files of an interrupted export."""
+    if not folder.is_dir():
+        return False
+    if (folder / CARD).is_file():
+        try:
+            read_card(folder / CARD)
+        except ValueError:
+            return False
+        return True
+    return all(entry.name.startswith(".writing-") for entry in folder.iterdir())
