@@ -1,13 +1,17 @@
 """MusicLM (arXiv:2301.11325): music from texts."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from audiolm_pytorch.saving.lazy_exports import lazy_exports
+from audiolm_pytorch.saving.sources import register_bundled
 
 if TYPE_CHECKING:
     from audiolm_pytorch import __version__ as __version__
+    from audiolm_pytorch.codecs.base import Codec as Codec
     from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer as TextTokenizer
     from audiolm_pytorch.saving.modules import load_module as load_module, save_module as save_module
+    from audiolm_pytorch.semantic.base import FrameEncoder as FrameEncoder, SemanticTokenizer as SemanticTokenizer
     from musiclm_pytorch.mulan import (
         AudioSpectrogramTransformer as AudioSpectrogramTransformer,
         ClapMuLaN as ClapMuLaN,
@@ -24,4 +28,5 @@ if TYPE_CHECKING:
     from musiclm_pytorch.musiclm import MusicLM as MusicLM
     from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer as MuLaNEmbedQuantizer
 
+register_bundled(Path(__file__).parent / "bundled")
 globals().update(lazy_exports(__name__))

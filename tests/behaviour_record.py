@@ -269,7 +269,7 @@ def latents(_: Path) -> dict:
 
 
 def codec(_: Path) -> dict:
-    from audiolm_pytorch import Codec
+    from musiclm_pytorch import Codec
 
     def of_codec(name, codec, waves, lengths, piece):
         codes = codec.tokenize(waves)
@@ -309,7 +309,7 @@ def codec(_: Path) -> dict:
 
 
 def semantic(_: Path) -> dict:
-    from audiolm_pytorch import SemanticTokenizer
+    from musiclm_pytorch import SemanticTokenizer
 
     tokenizer = SemanticTokenizer.from_pretrained("semantic_16khz")
     found = {f"ids.{seconds}": tokenizer(sounds(seconds)) for seconds in (0.3, 2.0, 6.3)}
@@ -439,7 +439,7 @@ def train_stages(folder: Path) -> dict:
 
 def train_stages_text(folder: Path) -> dict:
     """The semantic stage on waves, conditioned by states of captions."""
-    from audiolm_pytorch import SemanticTokenizer, SemanticTransformerTrainer
+    from musiclm_pytorch import SemanticTokenizer, SemanticTransformerTrainer
 
     data = {"folder": write_clips(folder / "data"), "data_max_length_seconds": 0.6}
     found = {}

@@ -4,17 +4,15 @@ import logging
 import re
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 from audiolm_pytorch.saving.text import joined_lines, printable
 
-__all__ = ["bundled_folder", "find_folder", "is_noncommercial", "licence_of"]
+__all__ = ["bundled_models", "find_folder", "is_noncommercial", "licence_of", "register_bundled"]
 
 logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_NAME = re.compile(r"\w[\w.-]*")
 # Everything that a model or a tokenizer is loaded from. Pickles are left out.
 _FILES = ["*.json", "*.safetensors", "README.md", "vocab.txt", "*.model", "merges.txt"]
 _NONCOMMERCIAL = re.compile(r"(?<![a-z])nc(?![a-z])|non-?commercial|research[- ]only", re.IGNORECASE)
@@ -29,6 +27,7 @@ _LICENCES = {
     "descript/dac_44khz": "MIT (descript-audio-codec)",
     "kyutai/mimi": "CC-BY 4.0 (kyutai-labs/moshi)",
 }
+_bundled_roots: list[Path] = []  # folders in which packages have models
 _logged: set[tuple[str, str]] = set()  # sources and licences that are already in the log
 
 
@@ -52,14 +51,13 @@ def find_folder(
     """
     folder, commit = Path(source).expanduser(), None
     is_model = folder.is_dir() and (not needs or any((folder / name).is_file() for name in needs))
-    if not is_model and _NAME.fullmatch(str(source)) and bundled_folder(str(source)).is_dir():
-        folder = bundled_folder(str(source))
+    if not is_model:
+        folder = bundled_models().get(str(source), folder)
     if not folder.is_dir():
         if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
-            names = ", ".join(sorted(path.name for path in bundled_folder("").glob("*") if path.is_dir()))
             raise ValueError(
                 f"there is no folder {source}; pass an existing folder, a hub id like owner/name, or the name of a "
-                f"bundled model: {names}"
+                f"bundled model: {', '.join(bundled_models())}"
             )
         folder = _downloaded(source, offline, revision, cache_dir)
         commit = folder.name
@@ -67,11 +65,15 @@ def find_folder(
     return folder, commit
 
 
-def bundled_folder(name: str) -> Path:
-    """Return the path of a folder in musiclm_pytorch/bundled, which contains the bundled models."""
-    package = find_spec("musiclm_pytorch")
-    roots = package.submodule_search_locations if package is not None else None
-    return Path(next(iter(roots or ["."])), "bundled", name)
+def register_bundled(root: Path) -> None:
+    """Add the folders in `root` to the models that `from_pretrained` finds by name."""
+    if root not in _bundled_roots:
+        _bundled_roots.append(root)
+
+
+def bundled_models() -> dict[str, Path]:
+    """Return the folders of all bundled models by name."""
+    return {path.name: path for root in _bundled_roots for path in sorted(root.iterdir()) if path.is_dir()}
 
 
 def licence_of(folder: Path, source: str | Path) -> str | None:

@@ -19,7 +19,7 @@ from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import TextEncoder
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.saving.model_folder import load_parts, read_card, write_model_folder
-from audiolm_pytorch.saving.sources import bundled_folder
+from audiolm_pytorch.saving.sources import bundled_models
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
@@ -76,7 +76,7 @@ def _bundled_parts(card: Mapping[str, Any], file: Path) -> dict[str, Path]:
         raise ValueError(
             f"bundled_parts in {file} must be a dict with keys from {', '.join(PARTS)}, got {named!r:.200}"
         )
-    available = {place.parent.name: place.parent for place in sorted(bundled_folder("").glob("*/config.json"))}
+    available = {name: folder for name, folder in bundled_models().items() if (folder / "config.json").is_file()}
     for name in named.values():
         if name not in list(available):
             raise ValueError(

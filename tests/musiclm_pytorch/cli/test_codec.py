@@ -150,7 +150,7 @@ def test_evaluate_prints_a_table_and_writes_json(musiclm_command, codec, sounds,
 
 def test_the_bundled_codec_is_the_default(musiclm_command, write_tone, tmp_path, monkeypatch, codec):
     """--codec defaults to the bundled codec."""
-    monkeypatch.setattr("audiolm_pytorch.saving.sources.bundled_folder", lambda name: codec)
+    monkeypatch.setattr("audiolm_pytorch.saving.sources.bundled_models", lambda: {"codec_16khz": codec})
     source = write_tone("tone.wav", 0.1, 8000)
     assert musiclm_command("codec", "encode", source, "--out", tmp_path / "a.safetensors") == 0
     assert read_codes(tmp_path / "a.safetensors").info.codec_fingerprint == load_module(codec).fingerprint()

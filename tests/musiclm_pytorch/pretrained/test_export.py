@@ -9,7 +9,7 @@ from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.saving import model_folder as folders
 from audiolm_pytorch.saving.files import read_json, write_json
 from audiolm_pytorch.saving.modules import load_module, save_module
-from audiolm_pytorch.saving.sources import bundled_folder
+from audiolm_pytorch.saving.sources import bundled_models
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.semantic.pretrained import open_encoder
 from musiclm_pytorch.musiclm import MusicLM
@@ -220,7 +220,7 @@ def packaged(model, tmp_path, monkeypatch):
     exchange_copy = shutil.copytree(model / "codec", folder / "codec_another")
     exchange(exchange_copy.parent, exchange_copy.name)
     shutil.copytree(model, folder / "whole")
-    monkeypatch.setattr(model_parts, "bundled_folder", lambda name: folder / name)
+    monkeypatch.setattr(model_parts, "bundled_models", lambda: {path.name: path for path in sorted(folder.iterdir())})
     return folder
 
 
@@ -342,7 +342,7 @@ def test_the_bundled_tokenizer_and_its_encoder_have_one_name():
 @pytest.mark.slow
 def test_bundled_stages_have_fingerprints():
     """The bundled stages have the fingerprints of the bundled tokenizers and quantizer."""
-    folder = bundled_folder("tiny")
+    folder = bundled_models()["tiny"]
     known = {
         "semantic": SemanticTokenizer.from_pretrained("semantic_16khz").fingerprint(),
         "acoustic": Codec.from_pretrained("codec_16khz").fingerprint(),
