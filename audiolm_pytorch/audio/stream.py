@@ -26,6 +26,7 @@ __all__ = [
     "sound_blocks",
 ]
 
+_SYSTEM_ERROR = 2  # SF_ERR_SYSTEM of libsndfile
 _BLOCK_FRAMES = 2**16
 _MAX_VALUES_PER_BLOCK = 8 * _BLOCK_FRAMES
 
@@ -138,6 +139,7 @@ class AudioWriter:
     Raises:
         ValueError: If the suffix, the sample rate or the number of channels is not supported, if the samples are not
             floats, not finite or beyond 100, or if no samples are written.
+        OSError: If the file cannot be written, for example because the disk is full.
     """
 
     @beartype
@@ -152,6 +154,7 @@ class AudioWriter:
         self._subtype = WRITE_SUBTYPES[suffix]
         self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial{suffix}")
         self._file: soundfile.SoundFile | None = None
+        self._num_samples = 0
 
     def __enter__(self) -> "AudioWriter":
         return self
@@ -177,6 +180,7 @@ class AudioWriter:
             # overflow.
             for begin in range(0, len(columns), _BLOCK_FRAMES):
                 self._file.write(columns[begin : begin + _BLOCK_FRAMES])
+        self._num_samples += len(columns)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
@@ -186,15 +190,30 @@ class AudioWriter:
             if kind is None:
                 if self._file is None:
                     raise ValueError(f"{self.path}: no samples were written; call write inside the `with` block")
+                self._check_complete()
                 os.replace(self._partial, self.path)
         finally:
             self._partial.unlink(missing_ok=True)
 
+    def _check_complete(self) -> None:
+        """Decode a compressed file, because libsndfile reports no error if the disk is full when the file is closed."""
+        if self.path.suffix.lower() == ".wav":
+            return
+        with open_sound(self._partial) as file:
+            num_samples = sum(map(len, sound_blocks(file, self._num_samples)))
+        if num_samples != self._num_samples:
+            raise self._disk_error(f"only {num_samples} of {self._num_samples} samples were written")
+
+    def _disk_error(self, reason: str) -> OSError:
+        return OSError(f"{self.path}: the file cannot be written ({reason}); check the free space of the disk")
+
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Convert errors of libsndfile into ValueErrors that name the path."""
+        """Convert errors of libsndfile into errors that name the path: OSErrors of the disk, else ValueErrors."""
         try:
             yield
         except soundfile.LibsndfileError as error:
+            if error.code == _SYSTEM_ERROR:
+                raise self._disk_error("the system refused a write") from error
             shape = f"{self.channels} channels at {self.sample_hz} Hz"
             raise ValueError(f"{self.path}: the file cannot be written ({shape}: {error.error_string})") from error

@@ -1,6 +1,5 @@
 """Text tokenizers: a trainable byte-level BPE for captions, and the tokenizers of published text encoders."""
 
-import logging
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,11 +9,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from audiolm_pytorch.nn.module_state import is_traced
+from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.saving.tokenizer_json import rust_errors, tokenizer_of_json
 
 __all__ = ["PADDING", "TextTokenizer", "ids_of"]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 PADDING = -1  # value past the end of a text in a batch of ids
 _NUM_BYTES = 256

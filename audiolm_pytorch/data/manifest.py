@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from audiolm_pytorch.data.captions import caption_and_labels, manifest_rows, rea
 from audiolm_pytorch.data.folder import scan_folder
 from audiolm_pytorch.data.items import AudioItem, ItemEntry, ItemReport, Rejected, Requirements, content_digest
 from audiolm_pytorch.data.wave_dataset import dataset_items
-from audiolm_pytorch.saving.text import printable
+from audiolm_pytorch.saving.text import logger_named, printable
 
 __all__ = [
     "AudioItem",
@@ -35,7 +34,7 @@ __all__ = [
     "training_items",
 ]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 _TRAIN_MANIFEST, _VALID_MANIFEST = "train.jsonl", "valid.jsonl"
 _MANIFEST_SUFFIXES = (".jsonl", ".json", ".csv")

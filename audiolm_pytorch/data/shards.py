@@ -76,7 +76,7 @@ def write_shards(
         complaint = f"{folder} contains records of other arguments; use another folder, or remove {folder}"
         _require_equal(read_json(folder / _PLAN_NAME), plan, complaint)
     else:
-        write_json(folder / _PLAN_NAME, plan)
+        write_json(folder / _PLAN_NAME, plan, sealed=True)
     chunks = [folder / f"chunk-{number:05d}" for number in range(-(-num_records // records_per_chunk))]
     num_computed = 0
     for number in range(rank, len(chunks), world_size):

@@ -5,7 +5,6 @@ of a wrong tokenizer without an error, but then generates noise. Token shards an
 fingerprints of their tokenizers and conditioners.
 """
 
-import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import combinations
@@ -17,11 +16,12 @@ from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
+from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 
 __all__ = ["agreed_fingerprints", "check_compatible", "check_stages_compatible", "shard_fingerprint"]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 # For error messages: the name of the tokens and of the module that computes them. Extra streams are not listed.
 _IN_WORDS = {

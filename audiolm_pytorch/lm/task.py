@@ -1,7 +1,6 @@
 """Training task of a stage, with its batches, loss and validation."""
 
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +14,13 @@ from audiolm_pytorch.conditioning.base import Conditioner, ConditionTensor, Text
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.token_model import TokenLoss
 from audiolm_pytorch.lm.training_data import StageSource
+from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.training import LossOutput, Phase
 from audiolm_pytorch.training.distributed import to_device
 
 __all__ = ["StageTask"]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 _MAX_VALID_ITEMS = 128
 # Entries of a stage's config that do not change its weights.
@@ -134,7 +134,7 @@ class StageTask:
         return totals
 
     def samples(self, folder: Path, step: int) -> None:
-        """Do nothing, because a single stage cannot generate audio."""
+        """Do nothing, because a single stage cannot generate audio; a pipeline writes samples of the whole model."""
 
     def before_training(self) -> None:
         """Do nothing, because a stage has no weights that are initialised from data."""

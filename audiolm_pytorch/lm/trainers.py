@@ -1,6 +1,5 @@
 """Trainers of the three stages of AudioLM."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from audiolm_pytorch.lm.task import StageTask
 from audiolm_pytorch.lm.training_data import ConditionFunction, ShardSource, StageSource, WaveSource
 from audiolm_pytorch.saving.files import write_weights
 from audiolm_pytorch.saving.modules import save_module
+from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.saving.weights import weights_of
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.training import LoopSettings, TrainLoop, TrainResult
@@ -32,7 +32,7 @@ __all__ = ["CoarseTransformerTrainer", "FineTransformerTrainer", "SemanticTransf
 
 TABLE_FILE = "conditioning_table.safetensors"
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 
 @trainer_arguments(LoopSettings)

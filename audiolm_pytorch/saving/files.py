@@ -213,7 +213,12 @@ def staged_files(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as name:
         stage = Path(name)
-        yield stage
+        try:
+            yield stage
+        except OSError as error:
+            if error.filename is None and error.strerror:  # such as "No space left on device", without a file
+                raise OSError(error.errno, f"cannot write to {folder}: {error.strerror}") from error
+            raise
         files = sorted(stage.iterdir())
         # A new file has the default permissions; safetensors writes files that only their owner can read.
         sample = stage / ".mode"

@@ -1,6 +1,5 @@
 """Load models (only from safetensors) and tokenizers of transformers, from a folder or the Hugging Face hub."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -13,7 +12,7 @@ from torch import nn
 
 from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.sources import find_folder, licence_of
-from audiolm_pytorch.saving.text import one_line
+from audiolm_pytorch.saving.text import logger_named, one_line
 from audiolm_pytorch.saving.tokenizer_json import rust_errors, tokenizer_of_json
 
 __all__ = [
@@ -27,7 +26,7 @@ __all__ = [
     "require_transformers",
 ]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 _PREPROCESSOR = "preprocessor_config.json"
 _PROCESSOR = "processor_config.json"

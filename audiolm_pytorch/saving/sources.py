@@ -1,16 +1,15 @@
 """Find models in folders, among the bundled models and on the Hugging Face hub, and check their licences."""
 
-import logging
 import re
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from audiolm_pytorch.saving.text import joined_lines, printable
+from audiolm_pytorch.saving.text import joined_lines, logger_named, printable
 
 __all__ = ["bundled_models", "find_folder", "is_noncommercial", "licence_of", "register_bundled"]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Everything that a model or a tokenizer is loaded from. Pickles are left out.

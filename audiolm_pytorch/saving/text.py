@@ -1,6 +1,8 @@
 """Texts of error messages and logs in one line of printable letters; this module does not import torch."""
 
-__all__ = ["joined_lines", "one_line", "printable"]
+import logging
+
+__all__ = ["joined_lines", "logger_named", "one_line", "printable"]
 
 
 def joined_lines(text: object) -> str:
@@ -17,3 +19,15 @@ def printable(text: object) -> str:
     """Return a text for logs and messages in one line, in which control characters are escaped."""
     letters = (letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
     return "".join(letters)
+
+
+def logger_named(name: str) -> logging.Logger:
+    """Return a logger whose messages are `printable`, so that a file name cannot imitate another message."""
+    logger = logging.getLogger(name)
+    logger.addFilter(_with_printable_message)
+    return logger
+
+
+def _with_printable_message(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), None
+    return True

@@ -1,6 +1,5 @@
 """Hidden states of a corpus for k-means: plan crops, encode the crops, write the frames to shards, read the shards."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -12,11 +11,12 @@ import torch
 from audiolm_pytorch.data import BatchPlan, CropDataset, collate_crops
 from audiolm_pytorch.data.shards import TokenShards, write_shards
 from audiolm_pytorch.nn.module_state import device_of
+from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.semantic.base import FrameEncoder
 
 __all__ = ["FeatureShards", "PlannedCrop", "plan_crops", "write_features"]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 _FIELD = "features"
 # Sizes of float32 features: of a chunk on disk, and of a portion that is read at a time.

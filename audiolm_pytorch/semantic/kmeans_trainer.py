@@ -1,7 +1,6 @@
 """Trainer of a k-means tokenizer, which clusters the hidden states of an encoder layer."""
 
 import json
-import logging
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
@@ -26,7 +25,8 @@ from audiolm_pytorch.nn.kmeans import (
 )
 from audiolm_pytorch.saving.files import differences, write_json
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
-from audiolm_pytorch.saving.modules import load_module, module_spec, read_config, save_module
+from audiolm_pytorch.saving.modules import load_module, module_spec, save_module
+from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.semantic.base import FrameEncoder
 from audiolm_pytorch.semantic.features import FeatureShards, plan_crops, write_features
 from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ClusterUsage", "KMeansFit", "KMeansTrainer"]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 _FORMAT_VERSION = 1
 # With few vectors, epochs have few batches; more epochs follow until this number of batches is reached.
@@ -147,7 +147,7 @@ class KMeansTrainer:
                     self._fit(request)
             accelerator.wait_for_everyone()
         tokenizer: Any = load_module(self.results_folder / "tokenizer", expect=KMeansTokenizer)
-        return KMeansFit(tokenizer, ClusterUsage(**read_config(self.results_folder / "tokenizer")["usage"]))
+        return KMeansFit(tokenizer, ClusterUsage(**self._record()["usage"]))
 
     @property
     def _identity(self) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class KMeansTrainer:
 
     def _record(self) -> dict[str, Any]:
         path = self.results_folder / "kmeans.json"
-        return read_record(path) if path.is_file() else {}
+        return read_record(path, run=dict) if path.is_file() else {}
 
     def _check_run_folder(self, accelerator: "accelerate.Accelerator") -> None:
         """Write the settings to a new folder; for an existing run, check that it has the settings of this trainer."""
@@ -198,7 +198,9 @@ class KMeansTrainer:
         shards = FeatureShards(self.features_folder, self._origin, self.num_tokens, self._encoder.dim, min_rows)
         checkpoints = CheckpointFolder(self.results_folder / "kmeans")
         if checkpoint := checkpoints.recovered():
-            state = {name: weight.numpy() for name, weight in checkpoint.tensors["state"].items()}
+            state = {name: weight.numpy() for name, weight in checkpoint.tensors.get("state", {}).items()}
+            if state.keys() != {"centroids", "mean", "std"}:
+                raise ValueError(f"{checkpoints.path} has no state of k-means; remove {self.results_folder / 'kmeans'}")
             first_epoch = checkpoint.step
         else:
             mean, std, start = vector_statistics(shards, k, self._seed)

@@ -13,7 +13,8 @@ __all__ = ["trainer_arguments"]
 
 Class = TypeVar("Class", bound=type)
 
-# Arguments of the trainers in lucidrains/audiolm-pytorch and lucidrains/musiclm-pytorch, and what replaces them.
+# Arguments of trainers in lucidrains/audiolm-pytorch, lucidrains/musiclm-pytorch, audiocraft, transformers and
+# lightning, and what replaces them.
 _FORMER_NAMES = {
     "lr": "learning_rate",
     "wd": "weight_decay",
@@ -25,8 +26,23 @@ _FORMER_NAMES = {
     "random_split_seed": "seed",
     "valid_frac": "items=(train, valid), or valid_fraction of MuLaNTrainer",
     "force_clear_prev_results": "another results_folder",
-    **dict.fromkeys(("scheduler", "scheduler_kwargs", "discr_scheduler"), "schedule"),
-    **dict.fromkeys(("dataset", "train_dataloader"), "folder or items=(train, valid)"),
+    "bs": "batch_size",
+    "ema": "ema_decay",
+    "random_seed": "seed",
+    "adam_betas": "betas",
+    **dict.fromkeys(("warmup", "num_warmup_steps"), "warmup_steps"),
+    **dict.fromkeys(("optim", "optimizer_cls"), "optimizer"),
+    **dict.fromkeys(("max_steps", "num_steps", "max_iters"), "num_train_steps"),
+    **dict.fromkeys(("epochs", "max_epochs", "num_train_epochs"), "num_train_steps (optimizer steps, not epochs)"),
+    **dict.fromkeys(("gradient_accumulation_steps", "accumulate_grad_batches"), "grad_accum_every"),
+    **dict.fromkeys(("max_norm", "clip_grad_norm", "gradient_clip_val"), "max_grad_norm"),
+    **dict.fromkeys(("fp16", "bf16", "amp", "mixed_precision"), 'precision="bf16"'),
+    **dict.fromkeys(("output_dir", "save_dir", "log_dir", "out"), "results_folder"),
+    **dict.fromkeys(("save_every", "save_steps"), "checkpoint_every_steps"),
+    **dict.fromkeys(("eval_every", "eval_steps", "val_every"), "validate_every"),
+    **dict.fromkeys(("logging_steps", "log_steps"), "log_every"),
+    **dict.fromkeys(("scheduler", "lr_scheduler", "scheduler_kwargs", "discr_scheduler"), "schedule"),
+    **dict.fromkeys(("dataset", "ds", "data", "train_dataset", "train_dataloader"), "folder or items=(train, valid)"),
     **dict.fromkeys(("valid_dataset", "val_dataset", "val_dataloader"), "items=(train, valid)"),
     **dict.fromkeys(("accelerate_kwargs", "use_wandb_tracking"), "accelerator"),
 }

@@ -1,6 +1,5 @@
 """Checkpoints in safetensors and JSON files: two generations, checked by SHA-256, complete after any interruption."""
 
-import logging
 import os
 import re
 import shutil
@@ -21,13 +20,14 @@ from audiolm_pytorch.saving.files import (
     write_json,
     write_weights,
 )
+from audiolm_pytorch.saving.text import logger_named
 
 __all__ = ["Checkpoint", "CheckpointFolder"]
 
 _FORMAT_VERSION = 2
 _STATE_FILE = "state.json"
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 
 @dataclass(frozen=True, eq=False)

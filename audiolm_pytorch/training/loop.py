@@ -86,7 +86,7 @@ class TrainLoop:
     def _train(self, stop_after_steps: int | None) -> TrainResult:
         accelerator = self._running_accelerator()
         if self.is_finished:
-            finished = read_record(self.folder / "finished.json", "step", "run", "metrics")
+            finished = read_record(self.folder / "finished.json", step=int, run=dict, metrics=dict)
             config = run_config(self.task, self.settings, accelerator)
             if not check_same_run(self.folder, finished["step"], finished["run"], config, self.settings):
                 return TrainResult(finished["step"], finished["metrics"])

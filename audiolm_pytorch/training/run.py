@@ -1,6 +1,5 @@
 """Execution of a training run: steps, validations, metrics and checkpoints."""
 
-import logging
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -10,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from beartype import beartype
 
 from audiolm_pytorch.data.batches import BatchPlan
-from audiolm_pytorch.saving.files import read_json, write_json
+from audiolm_pytorch.saving.files import write_json
+from audiolm_pytorch.saving.text import logger_named, one_line
 from audiolm_pytorch.saving.weights import load_weights, weights_of
 from audiolm_pytorch.training.checkpoint import Checkpoint, CheckpointFolder
 from audiolm_pytorch.training.distributed import PersistentBuffers, broadcast_tensors, merge_means, to_device
@@ -20,7 +21,7 @@ from audiolm_pytorch.training.ema import WeightEMA
 from audiolm_pytorch.training.loss_curve import write_loss_curve
 from audiolm_pytorch.training.optimizer import PhaseOptimizer
 from audiolm_pytorch.training.rng import seed_rng
-from audiolm_pytorch.training.run_folder import changed_settings
+from audiolm_pytorch.training.run_folder import changed_settings, read_record
 from audiolm_pytorch.training.stopping import StopRequest, end_by_signal, stop_signals
 from audiolm_pytorch.training.task import LoopSettings, Task
 from audiolm_pytorch.training.tracking import MetricsFile, MetricWindow, finite_or_none, progress_bar
@@ -35,7 +36,7 @@ OnRow = Callable[[Mapping[str, Any]], None]
 _FORMAT_VERSION = 1
 _MAX_SKIPS_IN_A_ROW = 10
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class TrainResult:
     metrics: dict[str, float | None] = field(default_factory=dict)
 
 
+@beartype
 @dataclass(eq=False)
 class _Progress:
     """Progress of a training run, which a checkpoint stores as JSON."""
@@ -100,7 +102,8 @@ class TrainingRun:
             seed_rng(settings.seed, "before_training", device=accelerator.device)
             task.before_training()
         else:
-            load_weights(task.module, checkpoint.tensors["model"], where=f"the weights in {self.checkpoints.path}")
+            where = f"the weights in {self.checkpoints.path}"
+            load_weights(task.module, checkpoint.tensors.get("model", {}), where=where)
         buffers = PersistentBuffers(task.module)
         broadcast_tensors(accelerator, [*task.module.parameters(), *buffers.tensors()])
         trained = {name: parameter for name, parameter in task.module.named_parameters() if parameter.requires_grad}
@@ -112,17 +115,18 @@ class TrainingRun:
         else:
             try:
                 self._restore(checkpoint)
-            except (KeyError, TypeError) as error:
-                file, reason = self.checkpoints.path / "state.json", f"{type(error).__name__}: {error}"
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                file = self.checkpoints.path / "state.json"
                 raise ValueError(
-                    f"{file} does not describe this run ({reason}); restore the checkpoint, or use another folder"
+                    f"{file} does not describe this run ({one_line(error)}); restore the checkpoint, or use another "
+                    "folder"
                 ) from error
             self.progress.changes += [f"step {checkpoint.step}: {change}" for change in changes]
 
     def is_current(self) -> bool:
         """Whether the checkpoint in the folder is that of this run, and no other trainer has continued it."""
         try:
-            return bool(read_json(self.checkpoints.path / "state.json")["step"] == self.progress.step)
+            return read_record(self.checkpoints.path / "state.json", step=int)["step"] == self.progress.step
         except (ValueError, OSError):
             return False
 
@@ -238,9 +242,7 @@ class TrainingRun:
             if values:
                 self._report("valid", values, {})
             if self.accelerator.is_main_process:
-                samples = self.folder / "samples"
-                samples.mkdir(parents=True, exist_ok=True)
-                self.task.samples(samples, self.progress.step)
+                self.task.samples(self.folder / "samples", self.progress.step)
                 write_loss_curve(self.folder / "loss.svg", self.metrics_file.rows(), self.task.name)
         self.accelerator.wait_for_everyone()
         self.task.module.train()
@@ -289,6 +291,8 @@ class TrainingRun:
         if self.ema is not None:
             self.ema.load(checkpoint.tensors["ema"])
         self.progress = _Progress(**checkpoint.state["progress"])
+        if self.progress.step != checkpoint.step:
+            raise ValueError(f"the progress is of step {self.progress.step}, the checkpoint of step {checkpoint.step}")
         if self.accelerator.is_main_process:
             self.window.load_state(checkpoint.state["window"])
             self.metrics_file.remove_after(checkpoint.step, checkpoint.state["metrics_file"])

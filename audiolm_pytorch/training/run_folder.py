@@ -1,23 +1,25 @@
 """Output folder of a training run: checks that the folder may be used, locks it, and compares the settings of runs."""
 
-import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from audiolm_pytorch.saving.files import differences, read_json
+from audiolm_pytorch.saving.text import logger_named
 
 __all__ = ["changed_settings", "check_own_folder", "claimed_folder", "read_record"]
 
 _LOCK_FILE = ".lock"
 # Names of files and folders that a process leaves behind if it is killed in the middle of a write.
-_PARTIAL_START, _PARTIAL_END = (".writing-", ".chunk-"), ".partial"
+_PARTIAL_NAME = re.compile(r"\.writing-.*|\.chunk-.*|\..*\.partial(\.\w+)?")
 _MAX_SHOWN = 3
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 
 @contextmanager
@@ -71,7 +73,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _is_partial(name: str) -> bool:
-    return name.startswith(_PARTIAL_START) or name.endswith(_PARTIAL_END)
+    return _PARTIAL_NAME.fullmatch(name) is not None
 
 
 def _remove_partial_files(folder: Path) -> None:
@@ -86,13 +88,13 @@ def _remove_partial_files(folder: Path) -> None:
                     Path(place, name).unlink()
 
 
-def read_record(file: Path, *keys: str) -> dict[str, Any]:
-    """Read a JSON object from a file of a run; raise a ValueError for anything else, or if one of `keys` is missing."""
+def read_record(file: Path, **types: type | UnionType) -> dict[str, Any]:
+    """Read a JSON object from a file of a run; raise a ValueError if an entry is missing or not of its type."""
     record = read_json(file)
     if not isinstance(record, dict):
         raise ValueError(f"{file} must contain a JSON object, got {type(record).__name__}; use another folder")
-    if missing := [key for key in keys if key not in record]:
-        raise ValueError(f"{file} lacks the entries {missing}; restore the file, or use another folder")
+    if wrong := [name for name, kind in types.items() if not isinstance(record.get(name), kind)]:
+        raise ValueError(f"{file} has no usable entries {wrong}; restore the file, or use another folder")
     return record
 
 

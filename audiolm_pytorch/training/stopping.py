@@ -1,6 +1,5 @@
 """The one place where SIGTERM and Ctrl-C end a training, after the current unit of work."""
 
-import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -8,11 +7,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from audiolm_pytorch.saving.text import logger_named
+
 __all__ = ["StopRequest", "end_by_signal", "stop_signals"]
 
 _SIGTERM_STATUS = 128 + signal.SIGTERM
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 
 class StopRequest:

@@ -199,7 +199,10 @@ class Task(Protocol):
         """Return validation metrics, computed on every process in eval mode, with EMA weights and without gradients."""
 
     def samples(self, folder: Path, step: int) -> None:
-        """Write example outputs (audio, images) to a folder after each validation, on the first process only."""
+        """Write example outputs (audio, images) to a folder after each validation, on the first process only.
+
+        The task creates the folder, so that a task without example outputs leaves no empty folder.
+        """
 
     def before_training(self) -> None:
         """Prepare `module` before step 0, e.g. by k-means on the data; a resumed run does not call this method."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import math
 import sys
 from collections.abc import Mapping
@@ -14,11 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from audiolm_pytorch.saving.files import staged_files
+from audiolm_pytorch.saving.text import logger_named
 
 __all__ = ["MetricWindow", "MetricsFile", "finite_or_none", "progress_bar"]
 
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 
 class MetricsFile:

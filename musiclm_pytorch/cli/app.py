@@ -3,6 +3,7 @@
 import atexit
 import gc
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from functools import reduce
@@ -60,17 +61,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from audiolm_pytorch.training.stopping import stop_signals
 
         with stop_signals(at_once=True):
-            return int(command.execute())
+            status = int(command.execute())
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk or a closed pipe is an error of the command
+        return status
     except SystemExit as stop:  # tyro has printed the help text, or what is wrong with the arguments
         return int(stop.code or 0)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         message = one_line(str(error)) or type(error).__name__
         print(f"musiclm: {message}", file=sys.stderr)
+        _discard_unwritten_output()
         return 2
     except KeyboardInterrupt as interrupt:
         reason = str(interrupt) or "interrupted"
         print(f"musiclm: {reason}; run the same command again, and training continues", file=sys.stderr)
         return 130
+
+
+def _discard_unwritten_output() -> None:
+    """Discard text that standard output refuses, because Python would report it a second time when it ends."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _command(name: str) -> tuple[Any, str | None]:

@@ -11,6 +11,8 @@ from musiclm_pytorch.cli.checks import check_file, check_folder
 if TYPE_CHECKING:
     from audiolm_pytorch.data.manifest import AudioItem
 
+from audiolm_pytorch.saving.text import printable
+
 __all__ = ["ConvertCommand", "Hubert", "MusicCaps", "VqWav2vec"]
 
 _SPLIT_COLUMNS = {"eval": "is_audioset_eval", "balanced": "is_balanced_subset"}
@@ -103,7 +105,7 @@ def _convert_checkpoint(command: _Checkpoint) -> None:
         save_module(tokenizer, command.out, extra={"converted_from": [source.name for source in sources]})
     num_bytes = sum(file.stat().st_size for file in command.out.iterdir() if file.is_file())
     print(
-        f"{'unchanged:' if is_taken else 'wrote'} {command.out}  {type(tokenizer).__name__}, "
+        f"{'unchanged:' if is_taken else 'wrote'} {printable(command.out)}  {type(tokenizer).__name__}, "
         f"{tokenizer.codebook_size} tokens, {num_bytes / 1e6:.1f} MB, fingerprint {tokenizer.fingerprint()}"
     )
 
@@ -144,7 +146,7 @@ def _convert_musiccaps(command: MusicCaps) -> None:
         content_info = (
             f"{len(manifests[path])} clips" if path in manifests else f"{len(clips.missing)} ids of missing clips"
         )
-        print(f"{'unchanged:' if path in existing else 'wrote'} {path}  {content_info}")
+        print(f"{'unchanged:' if path in existing else 'wrote'} {printable(path)}  {content_info}")
     num_described = len(clips.items) + len(clips.rejected) + len(clips.missing)
     print(
         f"of {num_described} described clips {len(clips.items)} can be used, {len(clips.rejected)} cannot, "

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from audiolm_pytorch.saving.text import printable
+
 __all__ = ["Export"]
 
 
@@ -20,5 +22,5 @@ class Export:
         from musiclm_pytorch.pretrained.export import export_musiclm
 
         num_bytes = export_musiclm(self.run, self.out)
-        print(f"wrote {self.out}, {num_bytes / 1e6:.1f} MB")
+        print(printable(f"wrote {self.out}, {num_bytes / 1e6:.1f} MB"))
         return 0

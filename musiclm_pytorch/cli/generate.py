@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from audiolm_pytorch.saving.text import printable
 from musiclm_pytorch.cli.checks import ModelOptions, check_file, device_named
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Generate(ModelOptions):
             from musiclm_pytorch.evaluation.plots import plot_wave
 
             plot_wave(wave, candidates.sample_hz, self.plot, title=self.text)
-            print(f"wrote {self.plot}")
+            self._print(f"wrote {self.plot}")
         return 0
 
     def _stream(self, musiclm: "MusicLM") -> None:
@@ -129,7 +130,7 @@ class Generate(ModelOptions):
             self._print(f"candidate {number + 1}  seed {self.seed + number}  similarity {score:.3f}{kept}")
 
     def _print(self, message: str) -> None:
-        print(message, file=sys.stderr if self.out == _STANDARD_OUTPUT else sys.stdout)
+        print(printable(message), file=sys.stderr if self.out == _STANDARD_OUTPUT else sys.stdout)
 
     def _nan_error(self) -> RuntimeError:
         return RuntimeError(f"the model {self.model} generated NaN samples; train it longer or use another model")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from audiolm_pytorch.saving.text import printable
 from musiclm_pytorch.cli.checks import ModelOptions, check_folder, device_named
 
 __all__ = ["TrainKmeans"]
@@ -65,11 +66,9 @@ class TrainKmeans(ModelOptions):
             f"{usage.perplexity:.1f}, {100 * usage.explained:.1f}% of the variance explained{done_before}"
         )
         rate_hz = tokenizer.target_sample_hz / tokenizer.downsample_factor
-        print(
-            f"tokenizer in {self.out / 'tokenizer'}: layer {tokenizer.layer}, {rate_hz:g} tokens a second, "
-            f"fingerprint {tokenizer.fingerprint()}"
-        )
+        facts = f"layer {tokenizer.layer}, {rate_hz:g} tokens a second, fingerprint {tokenizer.fingerprint()}"
+        print(printable(f"tokenizer in {self.out / 'tokenizer'}: {facts}"))
         if trainer.features_folder.is_dir():
             num_bytes = sum(file.stat().st_size for file in trainer.features_folder.rglob("*") if file.is_file())
-            print(f"{trainer.features_folder} ({num_bytes / 1e6:,.1f} MB) is no longer needed")
+            print(printable(f"{trainer.features_folder} ({num_bytes / 1e6:,.1f} MB) is no longer needed"))
         return 0

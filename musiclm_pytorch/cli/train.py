@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from audiolm_pytorch.saving.text import printable
 from musiclm_pytorch.cli.checks import ModelOptions
 
 __all__ = ["Train"]
@@ -73,7 +74,8 @@ class Train(ModelOptions):
         print(f"{'total':20} {_duration(total_seconds)}")
         if pipeline.is_complete:
             folder = shlex.quote(str(pipeline.model_folder))
-            print(f'model in {pipeline.model_folder}; try: musiclm generate "a slow waltz" --model {folder}')
+            line = f'model in {pipeline.model_folder}; try: musiclm generate "a slow waltz" --model {folder}'
+            print(printable(line))
         return 0
 
 

@@ -1,13 +1,14 @@
 """Warning if the loss of contrastive training does not fall below the loss of a model that guesses."""
 
-import logging
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from audiolm_pytorch.saving.text import logger_named
+
 __all__ = ["ChanceWatch"]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 _STUCK_SHARE = 0.98
 # Steps after the warm-up before the first comparison, and over which the loss is averaged.

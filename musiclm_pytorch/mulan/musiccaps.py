@@ -5,7 +5,6 @@ contains no audio. Some of the videos were deleted, so copies of MusicCaps lack 
 """
 
 import csv
-import logging
 import math
 import re
 from collections import Counter
@@ -20,11 +19,12 @@ from audiolm_pytorch.data.captions import caption_and_labels
 from audiolm_pytorch.data.folder import scan_folder
 from audiolm_pytorch.data.items import AudioItem, ItemEntry, ItemReport, Rejected
 from audiolm_pytorch.data.manifest import check_entries
+from audiolm_pytorch.saving.text import logger_named
 from musiclm_pytorch.mulan.captions import parse_aspects
 
 __all__ = ["CaptionedClip", "MusicCapsItems", "musiccaps_items", "read_musiccaps"]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 _NEEDED_COLUMNS = ("ytid", "start_s", "end_s", "aspect_list", "caption")
 # The published table has 3 MB.

@@ -1,6 +1,5 @@
 """MuLan's text tower: the base class, and a small transformer over byte-pair tokens."""
 
-import logging
 import re
 import unicodedata
 from abc import ABC, abstractmethod
@@ -15,11 +14,12 @@ from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer, ids_of
 from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.transformer import build_encoder
 from audiolm_pytorch.saving.modules import SavedModule, register
+from audiolm_pytorch.saving.text import logger_named
 from musiclm_pytorch.mulan.layers import pooled_layers
 
 __all__ = ["TextTower", "TextTransformer", "words_of"]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 # Words are letters alone; single letters do not count.
 _WORD = re.compile(r"[^\W\d_]{2,}")

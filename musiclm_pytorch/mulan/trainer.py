@@ -1,7 +1,6 @@
 """Training of MuLaN, or of another joint embedding with a contrastive loss."""
 
 import inspect
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.data.items import AudioItem, items_digest
 from audiolm_pytorch.data.manifest import AudioSplit, DataSource, captions_of, training_items
 from audiolm_pytorch.saving.modules import save_module
+from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
 from audiolm_pytorch.training.arguments import trainer_arguments
 from musiclm_pytorch.mulan.captions import CaptionSampler, aspects_of, hard_negatives_of, texts_of
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MuLaNTask", "MuLaNTrainer"]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 # Clips from which the number of texts per clip is estimated.
 _CLIPS_COUNTED = 10_000

@@ -1,6 +1,5 @@
 """The training pipeline, which runs all steps of a preset in order and continues interrupted steps."""
 
-import logging
 import os
 import shutil
 import time
@@ -15,6 +14,7 @@ import torch
 from beartype import beartype
 from torch import nn
 
+from audiolm_pytorch.audio.files import peak_safe, write_audio
 from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.data.items import items_digest
 from audiolm_pytorch.data.manifest import captions_of, training_items
@@ -26,6 +26,7 @@ from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.model_folder import exact_dtype
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.saving.sharing import card_text, write_card
+from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.saving.weights import load_weights
 from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.training.distributed import create_accelerator
@@ -49,10 +50,13 @@ if TYPE_CHECKING:
 
 __all__ = ["STEPS", "Pipeline", "StepReport", "check_step"]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 # Folders of a step that are removed when its result is complete, beside the saved module of its trainer.
 _TRAINING_FILES = ("checkpoint", "checkpoint.previous", "discriminators", "features", "kmeans", "tokenizer")
+
+# Music that is written for held-out captions when the model is complete.
+_NUM_SAMPLES, _MAX_SAMPLE_SECONDS = 3, 5.0
 
 # Each step, with the steps whose results it needs.
 STEPS: dict[str, tuple[str, ...]] = {
@@ -88,7 +92,8 @@ class Pipeline:
 
     Only the methods `run` and `assemble` write files. Each step writes its result to `OUT/<step>/model`, but the step
     `tokens` writes to `OUT/tokens`. The method `assemble` writes the whole model to `OUT/model`. When the result of a
-    step is complete, its checkpoints are removed, so that weights are not stored several times.
+    step is complete, its checkpoints are removed, so that weights are not stored several times. `OUT/samples` contains
+    music of the whole model.
 
     Args:
         data: Folder of audio files, or a folder or file with a JSONL manifest.
@@ -268,7 +273,7 @@ class Pipeline:
 
     def _report(self, step: str) -> dict[str, Any]:
         file = self.out / step / "report.json"
-        return read_record(file) if file.is_file() else {}
+        return read_record(file, seconds=float | int, made_from=dict) if file.is_file() else {}
 
     def _hashes(self, steps: Iterable[str]) -> dict[str, str]:
         """Hash the result files of each of the finished steps."""
@@ -374,7 +379,7 @@ class Pipeline:
         """Train to the last step; return the last metrics, with the time of interrupted runs as `earlier_seconds`."""
         started = time.monotonic()
         result = trainer.train()
-        total = float(read_record(trainer.results_folder / "finished.json", "seconds")["seconds"])
+        total = float(read_record(trainer.results_folder / "finished.json", seconds=float | int)["seconds"])
         return {**result.metrics, "earlier_seconds": max(0.0, total - (time.monotonic() - started))}
 
     # the model
@@ -391,8 +396,21 @@ class Pipeline:
                 config = getattr(self.preset, stage)
                 sampling[stage] = {"temperature": config.temperature, "guidance_scale": config.guidance_scale}
             about = {"preset": self.preset.name, "seed": self.seed, "sampling": sampling}
-            card = card_text(MusicLM.of_parts(parts, about, self.out))
+            musiclm = MusicLM.of_parts(parts, about, self.out)
+            self._write_samples(musiclm)
+            card = card_text(musiclm)
             save_parts(self.model_folder, parts, {**about, "made_from": self._hashes(STEPS)}, dtype=torch.float16)
             write_card(self.model_folder, card)
         self.accelerator.wait_for_everyone()
         return self.model_folder
+
+    def _write_samples(self, musiclm: MusicLM) -> None:
+        """Write music for the first captions of held-out files, and the captions, to `OUT/samples`."""
+        captions = list(dict.fromkeys(text for item in self.valid_items for text in captions_of(item)))[:_NUM_SAMPLES]
+        seconds = min(self.preset.semantic.run.seconds, _MAX_SAMPLE_SECONDS)
+        music = musiclm(captions, num_samples=1, seconds=seconds, seed=self.seed) if captions else []
+        for number, (caption, wave) in enumerate(zip(captions, music, strict=True), start=1):
+            # a diverged model may return NaN, which no file can hold
+            finite = wave.float().nan_to_num(posinf=0.0, neginf=0.0)
+            write_audio(self.out / "samples" / f"{number}.wav", peak_safe(finite), musiclm.sample_hz)
+            (self.out / "samples" / f"{number}.txt").write_text(caption + "\n", encoding="utf-8")

@@ -1,6 +1,5 @@
 """Conditioning codes: MuLaN latents quantized by frozen codebooks, and trainable embeddings of the codes."""
 
-import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from audiolm_pytorch.conditioning.base import Conditioner, ConditionTensor
 from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.saving.fingerprint import digest_of, part_fingerprint
 from audiolm_pytorch.saving.modules import module_spec, register
+from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.saving.weights import weights_of
 from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.quantizer.modality_gap import align_texts
@@ -19,7 +19,7 @@ from musiclm_pytorch.quantizer.residual_kmeans import residual_kmeans
 
 __all__ = ["MuLaNEmbedQuantizer", "Modality"]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 Modality = Literal["audio", "text"]
 

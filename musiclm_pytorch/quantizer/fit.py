@@ -1,6 +1,5 @@
 """Fitting of a `MuLaNEmbedQuantizer` to audio files and captions, and metrics of the fitted quantizer."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,13 +14,14 @@ from torch.nn.utils.rnn import pad_sequence
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.nn.module_state import device_of
+from audiolm_pytorch.saving.text import logger_named
 from musiclm_pytorch.mulan.captions import texts_of
 from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
 __all__ = ["QuantizerReport", "fit_quantizer", "measure_quantizer"]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 _T = TypeVar("_T")
 

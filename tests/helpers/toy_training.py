@@ -95,6 +95,7 @@ class ToyTask:
 
     def samples(self, folder: Path, step: int) -> None:
         self.sampled.append(step)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{step}.txt").write_text("sample")
 
     def before_training(self) -> None:

@@ -1,6 +1,5 @@
 """Validation of a codec in training: distances, codebook usage, audio files, and a warning if nothing improves."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ from audiolm_pytorch.codecs.quantizers.base import code_usage, usage_of_counts
 from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.codecs.training.denoising import Mixture
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
+from audiolm_pytorch.saving.text import logger_named
 
 __all__ = ["CodeUsage", "MelWarning", "denoising_metrics", "reconstruct", "reconstruction_metrics", "write_pairs"]
 
 _WINDOW_DECAY = 0.98
 _STILL_USED = 0.1  # a code that was used once counts for log(0.1) / log(0.98) = 114 batches
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 
 class CodeUsage(nn.Module):

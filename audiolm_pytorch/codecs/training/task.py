@@ -35,6 +35,7 @@ from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.data.items import items_digest
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.training import LossOutput, Phase
+from audiolm_pytorch.training.arguments import trainer_arguments
 from audiolm_pytorch.training.distributed import to_device
 from audiolm_pytorch.training.tracking import progress_bar
 
@@ -46,6 +47,7 @@ _FRAMES_PER_CODE = 25  # frames that initialise the codebooks, for each of their
 _CROPS_PER_BATCH = 16
 
 
+@trainer_arguments()
 @beartype
 @dataclass(frozen=True)
 class CodecLossWeights:

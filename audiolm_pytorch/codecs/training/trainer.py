@@ -1,6 +1,5 @@
 """Trainer of a codec on a folder of audio."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from audiolm_pytorch.codecs.training.wrong_codes import WrongCodes
 from audiolm_pytorch.data.crops import CropDataset, crop_seconds
 from audiolm_pytorch.data.manifest import AudioItem, AudioSplit, DataSource, training_items
 from audiolm_pytorch.saving.modules import module_spec, save_module
+from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.training import LoopSettings, TrainLoop, TrainResult
 from audiolm_pytorch.training.arguments import trainer_arguments
 
@@ -29,7 +29,7 @@ _MIN_VALIDATION_SECONDS = 3.0
 _MAX_LEAD_STEPS = 200
 _NOISE_SNR_DB = (0.0, 15.0)
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 
 @trainer_arguments(LoopSettings)

@@ -8,10 +8,12 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.codecs.quantizers.base import ResidualLevels
+from audiolm_pytorch.training.arguments import trainer_arguments
 
 __all__ = ["WrongCodes"]
 
 
+@trainer_arguments()
 @beartype
 @dataclass(frozen=True)
 class WrongCodes:

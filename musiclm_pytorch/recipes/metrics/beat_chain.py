@@ -25,6 +25,7 @@ from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.tokenizing import tokenize
 from audiolm_pytorch.nn.module_state import eval_mode
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
+from audiolm_pytorch.saving.text import logger_named
 from musiclm_pytorch.evaluation.clips import load_clips
 from musiclm_pytorch.evaluation.metric import ClipSet, evaluate, extract_waves
 from musiclm_pytorch.evaluation.metrics.beat import Beat
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["chain_waves", "main", "measure_chain", "teacher_forced_samples"]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 
 @torch.no_grad()

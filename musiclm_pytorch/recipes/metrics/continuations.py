@@ -18,6 +18,7 @@ from audiolm_pytorch.data.manifest import AudioItem, load_items
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.generation.wrappers import SemanticTransformerWrapper
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
+from audiolm_pytorch.saving.text import logger_named
 from musiclm_pytorch.evaluation.clips import load_clips
 from musiclm_pytorch.evaluation.joint_embedder import JointEmbedder
 from musiclm_pytorch.evaluation.metric import extract, extract_waves
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "match_metrics", "greedy_continuations"]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 # Share of exchanged pairs whose cost is below the threshold of approximate matches (MusicLM: less than 0.01%).
 _FALSE_MATCHES = 1e-4

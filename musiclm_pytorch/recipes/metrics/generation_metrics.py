@@ -1,6 +1,5 @@
 """Generation of clips from captions or audio, and metrics of their attributes and conditioning codes."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from torch import Tensor
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.nn.module_state import device_of
+from audiolm_pytorch.saving.text import logger_named
 from musiclm_pytorch.evaluation.report import MetricValue
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ __all__ = [
     "reconstruct",
 ]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 ATTRIBUTES = ("instrument", "tempo", "drums", "register")
 # Instruments are about equally frequent, so that their accuracy needs no balancing.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from audiolm_pytorch.data.manifest import AudioItem, load_items
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
+from audiolm_pytorch.saving.text import logger_named
 from musiclm_pytorch.evaluation.classifier import AttributeClassifier, fitted_classifier
 from musiclm_pytorch.evaluation.clips import load_clips
 from musiclm_pytorch.evaluation.joint_embedder import JointEmbedder
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CaptionedClips", "Settings", "main", "measure"]
 
-logger = logging.getLogger(__name__)
+logger = logger_named(__name__)
 
 
 @dataclass(frozen=True)

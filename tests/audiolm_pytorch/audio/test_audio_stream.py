@@ -3,9 +3,10 @@ import pytest
 import soundfile
 import torch
 
-from audiolm_pytorch.audio.files import read_audio
+from audiolm_pytorch.audio.files import read_audio, write_audio
 from audiolm_pytorch.audio.resample import StreamingResampler, resample
 from audiolm_pytorch.audio.stream import AudioSource, AudioWriter
+from tests.helpers.full_disk import full_disk
 
 
 @pytest.mark.parametrize(("from_hz", "to_hz"), [(44100, 16000), (24000, 16000), (16000, 48000), (8000, 8000)])
@@ -65,3 +66,19 @@ def test_writer_shows_a_file_only_when_it_is_complete(tmp_path):
         AudioWriter(tmp_path / "a.txt", 16000, 2)
     assert [entry.name for entry in tmp_path.iterdir()] == ["new"]
     assert [entry.name for entry in path.parent.iterdir()] == ["sound.wav"]
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg"])
+def test_a_full_disk_is_never_silent(tmp_path, suffix):
+    """libsndfile writes the last block of FLAC and Ogg files when it closes them, and reports no error there."""
+    path, wave = tmp_path / f"sound{suffix}", 0.1 * torch.randn(20_000)
+    write_audio(path, wave, 16000)
+    num_bytes = path.stat().st_size
+    path.unlink()
+    for missing in (1, 20, 500, num_bytes // 2, num_bytes):
+        with full_disk(num_bytes - missing), pytest.raises(OSError, match=f"sound{suffix}: .*check the free space"):
+            write_audio(path, wave, 16000)
+    assert list(tmp_path.iterdir()) == []
+    with full_disk(num_bytes):
+        write_audio(path, wave, 16000)
+    assert read_audio(path)[0].shape == (1, 20_000)

@@ -9,6 +9,8 @@ import pytest
 from beartype.roar import BeartypeCallHintViolation
 
 from audiolm_pytorch import SemanticTransformerTrainer, SoundStreamTrainer
+from audiolm_pytorch.codecs.training.task import CodecLossWeights
+from audiolm_pytorch.codecs.training.wrong_codes import WrongCodes
 from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer
 from audiolm_pytorch.training import LoopSettings
 from audiolm_pytorch.training.arguments import _FORMER_NAMES
@@ -73,6 +75,10 @@ def test_unknown_names_raise_an_error_with_advice(trainer: Any) -> None:
         ("save_model_every", "checkpoint_every_steps$"),
         ("valid_frac", "items=.train, valid., or valid_fraction of MuLaNTrainer$"),
         ("dataset", "folder or items=.train, valid.$"),
+        ("ds", "folder or items=.train, valid.$"),
+        ("max_epochs", "num_train_steps"),
+        ("mixed_precision", 'precision="bf16"$'),
+        ("lr_scheduler", "schedule$"),
         ("learning_rates", "learning_rate"),
         ("num_steps", "num_train_steps"),
         ("zzz", "folder, .*num_train_steps, .*seed"),
@@ -101,3 +107,12 @@ def test_one_source_of_audio_is_needed(both: bool, tmp_path: Path) -> None:
         SemanticTransformerTrainer(
             transformer=tiny_stages()["semantic"], wav2vec=FakeSemanticTokenizer(), **SIZES, **source
         )
+
+
+def test_settings_objects_accept_numpy_numbers_and_lists() -> None:
+    """The settings of the codec trainer that are objects of their own convert numbers too, and advise on names."""
+    weights = CodecLossWeights(mel=np.float32(2), waveform=1, adversarial=np.int64(0), feature_matching=0)
+    assert weights == CodecLossWeights(mel=2.0, waveform=1.0, adversarial=0.0, feature_matching=0.0)
+    assert WrongCodes(num_near=np.int64(4)) == WrongCodes(num_near=4)
+    with pytest.raises(TypeError, match="CodecLossWeights has no argument 'adversary'; use adversarial"):
+        CodecLossWeights(adversary=1)  # type: ignore[call-arg]

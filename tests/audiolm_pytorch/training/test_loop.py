@@ -434,7 +434,13 @@ def test_a_full_disk_is_an_error_with_the_file(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.rglob(".writing-*"))
 
 
-@pytest.mark.parametrize("change", [{"optimizers": {}}, {"progress": {"stage": 1}}, {"progress": None}, {"run": 3}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"optimizers": {}}, {"progress": {"stage": 1}}, {"progress": {"step": 9}}, {"progress": None}, {"run": 3}),
+        *({"window": []}, {"window": {"a": 1}}, {"metrics_file": {}}, {"metrics_file": 3}),
+    ],
+)
 def test_an_altered_state_is_a_named_error(tmp_path: Path, change: dict[str, Any]) -> None:
     """A state with other entries raises a ValueError with the name of the file or folder."""
     TrainLoop(ToyTask(), SETTINGS, tmp_path).train(stop_after_steps=1)

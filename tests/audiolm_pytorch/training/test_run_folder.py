@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from audiolm_pytorch.saving.files import write_json
 from audiolm_pytorch.training import TrainLoop
-from audiolm_pytorch.training.run_folder import claimed_folder
+from audiolm_pytorch.training.run_folder import claimed_folder, read_record
 from audiolm_pytorch.training.stopping import stop_signals
 from tests.helpers.toy_training import SETTINGS, ToyTask, assert_same_run, rows_of, tensors_in
 
@@ -63,8 +64,28 @@ def test_an_empty_folder_and_leftovers_of_a_kill_are_accepted(tmp_path: Path) ->
         assert not list(tmp_path.rglob(".writing-*")) and not list(tmp_path.rglob("*.partial"))
         (tmp_path / "codec" / ".writing-1").mkdir(parents=True)
         (tmp_path / "codec" / ".chunk-00001.77.partial").mkdir()
+        (tmp_path / "codec" / ".1_step_0000001.77.partial.wav").touch()
     loop.train()
     assert list((tmp_path / "codec").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"step": "3"}', '{"step": null}', '{"step": [1], "run": {}}', "3"])
+def test_records_with_other_entries_are_named(tmp_path: Path, content: str) -> None:
+    """A JSON file that was changed by hand is a ValueError that names the file, never a KeyError or TypeError."""
+    file = tmp_path / "finished.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match="finished.json (has no usable entries .*'step'|must contain a JSON object)"):
+        read_record(file, step=int, run=dict)
+
+
+def test_an_altered_record_of_a_finished_run_is_named(tmp_path: Path) -> None:
+    """Entries of another type raise the error before anything is written."""
+    TrainLoop(ToyTask(), SETTINGS, tmp_path).train()
+    record = read_record(tmp_path / "finished.json")
+    for change in ({"step": "12"}, {"metrics": []}, {"run": None}):
+        write_json(tmp_path / "finished.json", {**record, **change})
+        with pytest.raises(ValueError, match=f"finished.json has no usable entries .'{next(iter(change))}'"):
+            TrainLoop(ToyTask(), SETTINGS, tmp_path).train()
 
 
 def test_leftovers_in_the_folder_of_another_run_stay(tmp_path: Path) -> None:

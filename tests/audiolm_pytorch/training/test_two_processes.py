@@ -59,6 +59,7 @@ class JoinedTask:
         return {"loss": float(self.module["linear"](self.data).pow(2).mean())}
 
     def samples(self, folder: Path, step: int) -> None:
+        folder.mkdir(exist_ok=True)
         (folder / f"{step}-{self.rank}.txt").write_text("")
 
     def before_training(self) -> None:

@@ -7,6 +7,9 @@ import pytest
 
 from audiolm_pytorch import SoundStream, SoundStreamTrainer
 from audiolm_pytorch.lm.trainers import FineTransformerTrainer, SemanticTransformerTrainer
+from audiolm_pytorch.semantic.best_rq import training as best_rq_training
+from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer
+from musiclm_pytorch.pipeline.builders import build_semantic_encoder
 from tests.helpers.fakes import (
     CONDITION,
     SAMPLE_HZ,
@@ -16,6 +19,7 @@ from tests.helpers.fakes import (
     FakeTextConditioner,
     tiny_stages,
 )
+from tests.helpers.micro import MICRO
 
 pytestmark = pytest.mark.usefixtures("low_rates")
 
@@ -116,3 +120,28 @@ def test_codebooks_start_from_two_passes_of_the_encoder(
     assert frames == [2 * count * 10]
     monkeypatch.undo()
     assert trainer.train().step == 2
+
+
+def test_codebooks_of_much_data_need_no_second_pass(write_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder reads only as many crops as the codebooks need: 25 frames per code, 25 frames per crop of 0.5 s."""
+    folder = write_folder(num_files=60, seconds=0.5, sample_hz=8000)
+    codec = small_codec()
+    trainer = SoundStreamTrainer(codec, folder=folder, unquantized_steps=0, **SIZES)
+    encode, counts = codec.encode_frames, []
+    monkeypatch.setattr(codec, "encode_frames", lambda wave, flags: (counts.append(len(wave)), encode(wave, flags))[1])
+    trainer.task._initialise_codebooks()
+    assert trainer.task.num_items > 40 and counts == [16, 16]
+
+
+def test_statistics_of_the_semantic_encoder_need_a_bounded_number_of_crops(
+    write_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The work before the first step of BEST-RQ: every file once, and no more than a fixed number of files."""
+    folder = write_folder(num_files=9, seconds=0.5, sample_hz=16000)
+    encoder = build_semantic_encoder(MICRO)
+    trainer = SemanticTokenizerTrainer(
+        encoder=encoder, folder=folder, seconds=0.3, batch_size=2, num_train_steps=1, results_folder=tmp_path / "run"
+    )
+    assert len(list(trainer.task._statistics_waves())) == trainer.task.num_items
+    monkeypatch.setattr(best_rq_training, "_STATISTICS_CROPS", 3)
+    assert len(list(trainer.task._statistics_waves())) == 3

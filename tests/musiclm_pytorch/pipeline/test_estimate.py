@@ -1,0 +1,88 @@
+"""Estimates of a dry run: short measurements, of which the shortest counts, or an assumed device."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from musiclm_pytorch.pipeline import estimate as module
+from musiclm_pytorch.pipeline.estimate import DEVICES, _Probe, estimate, estimate_steps
+from musiclm_pytorch.pipeline.pipeline import Pipeline
+from musiclm_pytorch.pipeline.trainers import NUM_VALIDATIONS
+from tests.helpers.micro import MICRO
+
+
+def probe(assumed: str | None = None, is_done: bool = False) -> _Probe:
+    """A probe without modules, to time any function."""
+    made: _Probe = object.__new__(_Probe)
+    made.assumed, made.device = assumed, torch.device("cpu")
+    made.pipeline = SimpleNamespace(is_done=lambda step: is_done)  # type: ignore[assignment]
+    return made
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[float, list[int]]]:
+    """A function that measures calls of the passed durations; it returns seconds per crop, and the crops of each."""
+
+    def measure(*durations: float, max_crops: int = 4) -> tuple[float, list[int]]:
+        clock, calls, left = [0.0], [], iter(durations)
+        monkeypatch.setattr(module.time, "thread_time", lambda: clock[0])
+
+        def work(num_crops: int) -> None:
+            calls.append(num_crops)
+            clock[0] += next(left)
+
+        return probe()._seconds("codec", work, max_crops), calls
+
+    return measure
+
+
+def test_the_shortest_measurement_counts(timed: Callable[..., tuple[float, list[int]]]) -> None:
+    """A call that another program disturbs has no influence."""
+    assert timed(0.1, 0.9, 0.4) == (0.1, [1, 4, 4])
+    assert timed(0.1, 0.04, 0.4, 0.08, 0.2, 0.9) == (0.01, [1, 4, 4, 4, 4, 4])
+
+
+def test_a_slow_step_is_measured_once(timed: Callable[..., tuple[float, list[int]]]) -> None:
+    """A large model on a small machine does not keep the user waiting."""
+    assert timed(60.0) == (60.0, [1])
+    assert timed(0.6, 0.5, max_crops=4) == (0.5, [1, 1])
+
+
+def test_a_finished_step_needs_no_measurement() -> None:
+    """Nothing is computed."""
+    assert probe(is_done=True)._seconds("codec", lambda num_crops: pytest.fail("was measured"), 4) == 0.0
+
+
+def test_an_assumed_device_counts_operations() -> None:
+    """The work runs once, and the clock has no influence."""
+    left, right = torch.ones(30, 40), torch.ones(40, 50)
+    seconds = probe("a100")._seconds("codec", lambda num_crops: left @ right, 4)
+    assert seconds == pytest.approx(2 * 30 * 40 * 50 / (0.3 * DEVICES["a100"] * 1e12))
+
+
+def test_an_unknown_device_is_refused(micro_data: Path, tmp_path: Path) -> None:
+    """The message lists the devices."""
+    with pytest.raises(ValueError, match="no estimate for the device 'a1000'; choose one of: .*a100, h100"):
+        estimate(Pipeline(MICRO, data=micro_data, out=tmp_path / "run"), "fine", "a1000")
+
+
+def test_validation_is_part_of_the_time(micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a second per crop, the time is the number of crops in training and in all validations."""
+    monkeypatch.setattr(_Probe, "_seconds", lambda self, step, work, max_crops: 1.0)
+    run = MICRO.fine.run
+    for num_steps in (run.num_train_steps, 3 * run.num_train_steps):
+        preset = replace(MICRO, fine=replace(MICRO.fine, run=replace(run, num_train_steps=num_steps)))
+        pipeline = Pipeline(preset, data=micro_data, out=tmp_path / "run")
+        [row] = estimate_steps(pipeline, "fine")
+        assert row.seconds == pytest.approx(num_steps * run.batch_size + len(pipeline.valid_items) * NUM_VALIDATIONS)
+
+
+def test_the_generators_of_the_caller_do_not_move(micro_data: Path, tmp_path: Path) -> None:
+    """A dry run is no reason for other random numbers."""
+    before = torch.get_rng_state()
+    estimate_steps(Pipeline(MICRO, data=micro_data, out=tmp_path / "run"), "fine", "h100")
+    assert torch.equal(torch.get_rng_state(), before) and not (tmp_path / "run").exists()
