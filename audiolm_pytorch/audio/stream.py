@@ -199,8 +199,11 @@ class AudioWriter:
         """Decode a compressed file, because libsndfile reports no error if the disk is full when the file is closed."""
         if self.path.suffix.lower() == ".wav":
             return
-        with open_sound(self._partial) as file:
-            num_samples = sum(map(len, sound_blocks(file, self._num_samples)))
+        try:
+            with open_sound(self._partial) as file:
+                num_samples = sum(map(len, sound_blocks(file, self._num_samples)))
+        except ValueError as error:
+            raise self._disk_error("the written file cannot be decoded") from error
         if num_samples != self._num_samples:
             raise self._disk_error(f"only {num_samples} of {self._num_samples} samples were written")
 

@@ -1,12 +1,13 @@
 """Small runs of all trainers that are killed at random instants, or whose files are damaged.
 
-`python -m tests.helpers.killed_runs kills 100` prints how many resumed runs equal the straight ones;
-`damage 60` and `flips 200` do the same for damaged checkpoints and for changed bits.
+`python -m tests.helpers.killed_runs kills 100` prints how many resumed runs equal the straight ones; `damage 60` and
+`flips 200` do the same for damaged checkpoints and for changed bits in each kind of file. A second number is the seed.
 """
 
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -21,6 +22,7 @@ import torch
 
 from audiolm_pytorch.audio import waves
 from audiolm_pytorch.data.manifest import load_split
+from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.lm.trainers import (
     TABLE_FILE,
     CoarseTransformerTrainer,
@@ -28,13 +30,16 @@ from audiolm_pytorch.lm.trainers import (
     SemanticTransformerTrainer,
 )
 from audiolm_pytorch.saving.files import read_json, read_weights
+from audiolm_pytorch.saving.model_folder import read_card
 from audiolm_pytorch.saving.modules import load_module
 from audiolm_pytorch.semantic import BestRQEncoder, KMeansTrainer
+from audiolm_pytorch.training import tracking
 from audiolm_pytorch.training.checkpoint import CheckpointFolder
 from audiolm_pytorch.training.run_folder import read_record
 from musiclm_pytorch.pipeline.builders import build_semantic_encoder
 from musiclm_pytorch.pipeline.pipeline import Pipeline
 from musiclm_pytorch.pipeline.trainers import codec_trainer, mulan_trainer, semantic_tokenizer_trainer
+from musiclm_pytorch.pretrained.parts import CARD
 from tests.helpers import fakes
 from tests.helpers.micro import MICRO, write_clips
 from tests.helpers.toy_training import rows_of
@@ -157,7 +162,7 @@ def kill_runs(number: int, seed: int, names: list[str] | None = None) -> tuple[i
         runs += 1
         assert in_child(partial(train, killed)) == 0, name
         is_equal = content(straight) == content(killed)
-        leftovers = [path for path in killed.rglob("*") if path.name.startswith(".writing-")]
+        leftovers = [path for path in killed.rglob(".*") if path.name != ".lock"]
         equal += is_equal and not leftovers
         print(f"{name}: {done} kills, {'equal' if is_equal else 'DIFFERENT'}, {len(leftovers)} leftovers", flush=True)
     return kills, runs - equal
@@ -215,66 +220,102 @@ def damage_runs(number: int, seed: int, names: list[str] | None = None) -> int:
     return faults
 
 
-def readers(run: Path) -> dict[str, Callable[[], object]]:
-    """Functions that read each kind of file of a pipeline run, by the file's path in the run, as a resumed run does."""
+# Files of a run that nothing reads again.
+_OUTPUTS = re.compile(r".*\.(wav|svg|txt)|\.lock")
 
-    def part(folder: Path) -> Callable[[], object]:
-        return lambda: load_module(folder)
 
-    kinds: dict[str, Callable[[], object]] = {
-        "run.json": lambda: read_record(run / "run.json"),
-        "fine/finished.json": lambda: read_record(run / "fine" / "finished.json"),
-        "fine/report.json": lambda: read_record(run / "fine" / "report.json"),
-        f"fine/{TABLE_FILE}": lambda: read_weights(run / "fine" / TABLE_FILE, sealed=True),
-        "semantic-tokenizer/kmeans.json": lambda: read_record(run / "semantic-tokenizer" / "kmeans.json"),
-        "model/musiclm.json": lambda: read_json(run / "model" / "musiclm.json"),
-    }
-    for name in ("state.json", "model.safetensors", "optimizer.safetensors", "ema.safetensors"):
-        kinds[f"stage/checkpoint/{name}"] = CheckpointFolder(run / "stage").read
-    for name in ("codec", "semantic_tokenizer", "quantizer", "semantic", "coarse", "fine"):
-        for file in ("config.json", "model.safetensors"):
-            kinds[f"model/{name}/{file}"] = part(run / "model" / name)
-    return kinds
+def reader_of(file: Path) -> tuple[str, Callable[[], object]] | None:
+    """Return the kind of a file of a run, and a function that reads it as a resumed run does; None for outputs."""
+    folder, name = file.parent, file.name
+    if _OUTPUTS.fullmatch(name) or folder.name == "checkpoint.previous":
+        return None
+    if folder.name == "checkpoint":
+        return f"checkpoint/{name}", CheckpointFolder(folder.parent).read
+    if name == "metrics.jsonl":
+        return name, partial(_read_metrics, file)
+    if name in ("index.json", "fields.json") or name.endswith(".npy"):
+        shards = folder if name == "index.json" else folder.parent
+        return f"shards/{name}", partial(_read_shards, shards)
+    if name in ("config.json", "model.safetensors"):
+        return f"module/{name}", partial(load_module, folder)
+    if name == TABLE_FILE:
+        return name, partial(read_weights, file, sealed=True)
+    return name, {"plan.json": partial(read_json, file), CARD: partial(read_card, file)}.get(
+        name, partial(read_record, file)
+    )
+
+
+def _read_shards(folder: Path) -> None:
+    shards = TokenShards(folder)
+    for index in range(len(shards)):
+        shards[index]
+
+
+def _read_metrics(file: Path) -> None:
+    """Raise a ValueError if a resumed run logs the warning about changed metrics."""
+
+    def refuse(record: logging.LogRecord) -> bool:
+        raise ValueError(record.getMessage())
+
+    checkpoint = CheckpointFolder(file.parent).read()
+    logger = logging.getLogger(tracking.__name__)
+    logger.addFilter(refuse)
+    try:
+        tracking.MetricsFile(file).remove_after(checkpoint.step, checkpoint.state["metrics_file"])
+    finally:
+        logger.removeFilter(refuse)
 
 
 def flip_bits(run: Path, number: int, seed: int) -> dict[str, int]:
-    """Change `number` random bits, one at a time, in each kind of file; return the numbers of silent ones by file."""
+    """Change `number` random bits, one at a time, in each kind of file; return the numbers of silent ones by kind.
+
+    A changed bit is silent if reading raises no error, and not if it raises a ValueError. Other errors end the test.
+    """
+    kinds: dict[str, list[tuple[Path, Callable[[], object]]]] = {}
+    for file in sorted(path for path in run.rglob("*") if path.is_file()):
+        if file.name == "metrics.jsonl" and not (file.parent / "checkpoint").exists():
+            continue  # the metrics of a finished step are an output
+        if (found := reader_of(file)) is not None:
+            found[1]()
+            kinds.setdefault(found[0], []).append((file, found[1]))
     rng, silent = random.Random(seed), {}
-    for name, read in readers(run).items():
-        file = run / name
-        data, count = file.read_bytes(), 0
-        read()
+    for kind, files in kinds.items():
+        silent[kind] = 0
         for _ in range(number):
+            file, read = rng.choice(files)
+            data = file.read_bytes()
             flip(file, rng)
             try:
                 read()
-                count += 1
+                silent[kind] += 1
+                print(f"{kind}: silent in {file}", flush=True)
             except ValueError:
                 pass
             file.write_bytes(data)
-        silent[name] = count
     return silent
 
 
 def run_for_flips(folder: Path) -> Path:
-    """A finished pipeline run, with an unfinished stage in `stage/`."""
+    """A finished pipeline run, with an unfinished stage in `stage/` and the whole folder of k-means in `kmeans/`."""
     trainers = prepared()
     pipeline = Pipeline(MICRO, data=write_clips(folder / "clips"), out=folder / "run")
     assert in_child(lambda: list(pipeline.run())) == 0
     assert in_child(partial(_train, trainers["fine"], folder / "run" / "stage", stop_after_steps=3)) == 0
+    assert in_child(partial(_train, trainers["kmeans"], folder / "run" / "kmeans")) == 0
     return folder / "run"
 
 
 def _main(words: list[str]) -> None:
     kind, number = words[0], int(words[1])
+    seed = int(words[2]) if len(words) > 2 else 0
     if kind == "kills":
-        kills, unequal = kill_runs(number, seed=0)
+        kills, unequal = kill_runs(number, seed)
         print(f"{kills} kills, {unequal} runs differ from the straight run")
     elif kind == "damage":
-        print(f"{number} damaged checkpoints, {damage_runs(number, seed=0)} runs did not continue from the one before")
+        print(f"{number} damaged checkpoints, {damage_runs(number, seed)} runs did not continue from the one before")
     else:
-        silent = flip_bits(run_for_flips(Path(tempfile.mkdtemp(prefix="flips"))), number, seed=0)
-        print(f"{number} changed bits in each of {len(silent)} files, silent: {silent}")
+        silent = flip_bits(run_for_flips(Path(tempfile.mkdtemp(prefix="flips"))), number, seed)
+        print(f"{number} changed bits in each of {len(silent)} kinds of files, silent: {silent}")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def test_a_full_disk_is_never_silent(tmp_path, suffix):
     num_bytes = path.stat().st_size
     path.unlink()
     for missing in (1, 20, 500, num_bytes // 2, num_bytes):
-        with full_disk(num_bytes - missing), pytest.raises(OSError, match=f"sound{suffix}: .*check the free space"):
+        with full_disk(num_bytes - missing), pytest.raises((OSError, ValueError), match="the file cannot be written"):
             write_audio(path, wave, 16000)
     assert list(tmp_path.iterdir()) == []
     with full_disk(num_bytes):

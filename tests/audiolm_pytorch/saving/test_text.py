@@ -28,7 +28,7 @@ def test_a_folder_name_cannot_imitate_a_message(caplog: pytest.LogCaptureFixture
 def test_a_pattern_without_arguments_is_no_pattern(caplog: pytest.LogCaptureFixture) -> None:
     """A per cent sign in a name is not replaced, also if a second logger of the same name is requested."""
     for _ in range(2):
-        logger_named("audiolm_pytorch.test").warning("100% of %s\n", "50%s")
+        logger_named("audiolm_pytorch.test").warning("100%% of %s\n", "50%s")
         logger_named("audiolm_pytorch.test").log(logging.WARNING, "at 90%")
     assert caplog.messages == ["100% of 50%s\\n", "at 90%"] * 2
 

@@ -1,11 +1,19 @@
 """Runs of all trainers that are killed at random instants, and files that are damaged."""
 
 import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from audiolm_pytorch.saving.files import read_json
+from tests.helpers import micro
 from tests.helpers.killed_runs import damage_runs, flip_bits, kill_runs, run_for_flips
+from tests.helpers.micro import write_clips
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
@@ -31,7 +39,32 @@ def test_damaged_checkpoints_are_replaced_by_the_ones_before() -> None:
     assert damage_runs(6, seed=1) == 0
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+def test_the_command_ends_with_a_checkpoint(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    """The exit status tells the signal, one line names the step, and the checkpoint is of that step."""
+    words = ["train", "codec", "--preset", "micro", "--data", str(write_clips(tmp_path / "data", 5))]
+    words += ["--out", str(tmp_path / "run"), "--scale", "50"]
+    command = [sys.executable, str(Path(micro.__file__)), *words]
+    # a shell starts background processes with SIGINT ignored
+    program = "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += "os.execv(sys.argv[1], sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-c", program, *command], stderr=subprocess.PIPE, text=True)
+    state = tmp_path / "run" / "codec" / "checkpoint" / "state.json"
+    deadline = time.monotonic() + 500
+    while time.monotonic() < deadline and not (state.is_file() and '"step": 0,' not in state.read_text()[:200]):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    errors = process.communicate(timeout=100)[1]
+    assert process.returncode == status, errors
+    [line] = errors.splitlines()
+    step = re.search(
+        rf"stopped by {number.name} after step (\d+) of 600 of the codec; a checkpoint is in .*checkpoint", line
+    )
+    assert step and read_json(state)["step"] == int(step[1])
+
+
 def test_no_changed_bit_is_silent(tmp_path: Path) -> None:
-    """A changed bit in any file of a run or of a model folder is an error."""
+    """A changed bit in any kind of file of a run or of a model folder is an error."""
     silent = flip_bits(run_for_flips(tmp_path), 5, seed=1)
-    assert len(silent) > 15 and not any(silent.values())
+    assert len(silent) > 25 and not any(silent.values())
