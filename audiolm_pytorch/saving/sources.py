@@ -1,5 +1,6 @@
 """Find models in folders, among the bundled models and on the Hugging Face hub, and check their licences."""
 
+import logging
 import re
 from collections.abc import Sequence
 from importlib import import_module
