@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
-from beartype.roar import BeartypeCallHintViolation
 from torch import Tensor
 
 from audiolm_pytorch.audio.units import samples_covering
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec, StreamingCodec
 from audiolm_pytorch.conditioning.base import Conditioner, Conditions, ConditionTensor, TextEncoder
 from audiolm_pytorch.generation.inputs import (
@@ -79,7 +78,7 @@ class AudioLM(SharedModel):
     main_file = _CARD
     pipeline_tag = "text-to-audio"
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -120,7 +119,7 @@ class AudioLM(SharedModel):
         parts = load_parts(folder, {name: folder / name for name in names}, _PARTS)
         try:
             return cls(**parts, sampling=card.get("sampling"))
-        except (TypeError, ValueError, OverflowError, BeartypeCallHintViolation) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"the modules in {folder} are not compatible: {error}") from error
 
     @property
@@ -138,7 +137,7 @@ class AudioLM(SharedModel):
         self,
         *,
         batch_size: int = 1,
-        seconds: float | int | None = None,
+        seconds: float | None = None,
         text: str | Sequence[str] | None = None,
         wavs: Tensor | None = None,
         codes: Tensor | None = None,
@@ -167,7 +166,7 @@ class AudioLM(SharedModel):
         audio = self.generate(request)
         return audio.wave if audio.have_one_length else audio.waves
 
-    @beartype
+    @typed
     @torch.no_grad()
     def generate(self, request: GenerationRequest) -> GeneratedAudio:
         """Generate audio and its tokens for all items in one batch.
@@ -186,8 +185,8 @@ class AudioLM(SharedModel):
         waves = decode_items(self.codec, acoustic, [min(pair) for pair in zip(lengths.num_samples, longest)])
         return GeneratedAudio.of_tokens(waves, self.codec.target_sample_hz, semantic, acoustic)
 
-    @beartype
-    def stream(self, request: GenerationRequest, *, chunk_seconds: float | int = 1.0) -> Iterator[GeneratedAudio]:
+    @typed
+    def stream(self, request: GenerationRequest, *, chunk_seconds: float = 1.0) -> Iterator[GeneratedAudio]:
         """Generate audio in chunks. The stages decode only the tokens that the next chunk needs.
 
         Args:

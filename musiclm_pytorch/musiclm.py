@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
-from beartype.roar import BeartypeCallHintViolation
 from einops import rearrange, repeat
 from torch import Tensor
 
 from audiolm_pytorch.audio.files import peak_safe
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audiolm import AudioLM
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest, Prompt
 from audiolm_pytorch.generation.sampling import SamplingSettings
@@ -93,7 +92,7 @@ class MusicLM(SharedModel):
     subfolders = ("", "model")  # of a model, and of a finished training run
     pipeline_tag = "text-to-audio"
 
-    @beartype
+    @typed
     def __init__(
         self, *, audio_lm: AudioLM, mulan_embed_quantizer: MuLaNEmbedQuantizer, num_levels: int | None = None
     ) -> None:
@@ -152,7 +151,7 @@ class MusicLM(SharedModel):
                 sampling=card.get("sampling"),
             )
             return cls(audio_lm=audio_lm, mulan_embed_quantizer=parts["quantizer"], num_levels=card.get("num_levels"))
-        except (TypeError, ValueError, OverflowError, BeartypeCallHintViolation) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"the modules in {source} are not compatible: {error}") from error
 
     @property
@@ -160,14 +159,14 @@ class MusicLM(SharedModel):
         """Sample rate of the music in Hz."""
         return self.audio_lm.codec.target_sample_hz
 
-    @beartype
+    @typed
     @torch.no_grad()
     def forward(
         self,
         text: str | Sequence[str],
         *,
         num_samples: int = 4,
-        seconds: float | int = 5.0,
+        seconds: float = 5.0,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
         num_levels: int | None = None,
@@ -235,19 +234,19 @@ class MusicLM(SharedModel):
         )
         return candidates if return_all else candidates.best
 
-    @beartype
+    @typed
     @torch.no_grad()
     def stream(
         self,
         text: str | Sequence[str],
         *,
         num_samples: int = 4,
-        seconds: float | int = 30.0,
+        seconds: float = 30.0,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
         num_levels: int | None = None,
-        chunk_seconds: float | int = 1.0,
-        rank_seconds: float | int = 3.0,
+        chunk_seconds: float = 1.0,
+        rank_seconds: float = 3.0,
         prime_wave: Prompt | Sequence[Prompt] | None = None,
         prime_wave_input_sample_hz: int | None = None,
         prime_lengths: Tensor | None = None,

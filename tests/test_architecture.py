@@ -12,6 +12,8 @@ FILES = sorted([*(ROOT / "audiolm_pytorch").rglob("*.py"), *(ROOT / "musiclm_pyt
 COMMANDS = {"cli"}  # folders of commands, which may print
 # The one file that reads pickles; it calls nothing that they name.
 PICKLE_READER = ROOT / "audiolm_pytorch" / "saving" / "restricted_pickle.py"
+# The one file that uses beartype; its decorator `typed` raises TypeErrors of one line.
+TYPE_CHECKER = ROOT / "audiolm_pytorch" / "checks" / "types.py"
 every_file = pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(ROOT)) for file in FILES])
 
 
@@ -19,18 +21,19 @@ every_file = pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(RO
 # room of audiolm_pytorch, never the reverse. Metrics (`evaluation`) are below the models that report them in training.
 ROOMS = {
     "audiolm_pytorch": {
-        "saving": "",
-        "audio": "",
-        "nn": "saving",
-        "tokens": "",
-        "conditioning": "nn saving",
-        "data": "audio saving",
-        "training": "data saving",
-        "codecs": "audio data nn saving training",
-        "semantic": "audio data nn saving training",
-        "lm": "audio codecs conditioning data nn saving semantic tokens training",
-        "generation": "audio codecs conditioning lm nn semantic tokens training",
-        "audiolm": "audio codecs conditioning generation lm nn saving semantic tokens",
+        "checks": "",
+        "saving": "checks",
+        "audio": "checks",
+        "nn": "checks saving",
+        "tokens": "checks",
+        "conditioning": "checks nn saving",
+        "data": "audio checks saving",
+        "training": "checks data saving",
+        "codecs": "audio checks data nn saving training",
+        "semantic": "audio checks data nn saving training",
+        "lm": "audio checks codecs conditioning data nn saving semantic tokens training",
+        "generation": "audio checks codecs conditioning lm nn semantic tokens training",
+        "audiolm": "audio checks codecs conditioning generation lm nn saving semantic tokens",
     },
     "musiclm_pytorch": {
         "evaluation": "",
@@ -71,6 +74,7 @@ def test_file_keeps_the_house_rules(file):
             assert node.func.id != "print" or file.parent.name in COMMANDS, f"print in line {node.lineno}"
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             assert (node.value.id, node.attr) != ("torch", "load"), "torch.load unpickles"
+    assert file == TYPE_CHECKER or "beartype" not in imported_modules(tree), "use @typed"
     banned = {"pickle", "joblib", "torchaudio", "fairseq"} & imported_modules(tree)
     assert banned == ({"pickle"} if file == PICKLE_READER else set())
 

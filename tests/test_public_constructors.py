@@ -4,7 +4,6 @@ import inspect
 
 import numpy as np
 import pytest
-from beartype.roar import BeartypeCallHintViolation
 from torch import nn
 
 import audiolm_pytorch
@@ -56,7 +55,7 @@ def test_wrong_sizes_are_refused(name, argument):
     for value in BAD:
         try:
             build(**{**arguments, argument: value})
-        except (ValueError, TypeError, BeartypeCallHintViolation) as error:
+        except (ValueError, TypeError) as error:
             assert str(error)
         else:
             assert value is None or argument in ALLOWED, f"{argument}={value!r} was accepted"

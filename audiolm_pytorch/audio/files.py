@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
@@ -17,11 +16,12 @@ from audiolm_pytorch.audio.stream import (
     sound_blocks,
 )
 from audiolm_pytorch.audio.waves import check_dtype, check_rate, with_channels
+from audiolm_pytorch.checks.types import typed
 
 __all__ = ["decoded_info", "peak_safe", "read_audio", "write_audio"]
 
 
-@beartype
+@typed
 def decoded_info(path: str | Path) -> AudioInfo:
     """Return sample rate, length and number of channels of an audio file, after decoding the whole file.
 
@@ -35,13 +35,13 @@ def decoded_info(path: str | Path) -> AudioInfo:
     return source.info
 
 
-@beartype
+@typed
 def read_audio(
     path: str | Path,
     sample_hz: int | None = None,
     channels: int | None = 1,
-    start_seconds: float | int = 0.0,
-    duration_seconds: float | int | None = None,
+    start_seconds: float = 0.0,
+    duration_seconds: float | None = None,
 ) -> tuple[Tensor, int]:
     """Read an audio file, or a part of it, and resample it to `sample_hz`.
 
@@ -96,7 +96,7 @@ def read_audio(
     return part, to_hz
 
 
-@beartype
+@typed
 def write_audio(path: str | Path, wave: Tensor, sample_hz: int) -> None:
     """Write `wave [n]` or `[c, n]` to an audio file; the file appears at `path` only when it is complete.
 
@@ -115,7 +115,7 @@ def write_audio(path: str | Path, wave: Tensor, sample_hz: int) -> None:
         writer.write(rows)
 
 
-@beartype
+@typed
 def peak_safe(wave: Tensor, ceiling: float = 0.99) -> Tensor:
     """Scale down a float wave of any shape, so that its peak is at most `ceiling`."""
     check_dtype(wave)

@@ -4,19 +4,19 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from beartype import beartype
 from einops import pack, rearrange, unpack
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from audiolm_pytorch.audio.waves import check_dtype
+from audiolm_pytorch.checks.types import typed
 
 __all__ = ["MelSpectrogram", "mel_edges", "mel_filterbank", "triangular_filters"]
 
 
-@beartype
+@typed
 def mel_filterbank(
-    sample_hz: int, n_fft: int, num_mels: int, f_min_hz: float | int = 0.0, f_max_hz: float | int | None = None
+    sample_hz: int, n_fft: int, num_mels: int, f_min_hz: float = 0.0, f_max_hz: float | None = None
 ) -> Tensor:
     """Build triangular filters `[num_mels, n_fft // 2 + 1]` with a peak of 1, equally spaced on the HTK mel scale.
 
@@ -95,7 +95,7 @@ class MelSpectrogram(nn.Module):
 
     filters: Tensor
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -104,9 +104,9 @@ class MelSpectrogram(nn.Module):
         hop_length: int,
         num_mels: int,
         win_length: int | None = None,
-        f_min_hz: float | int = 0.0,
-        f_max_hz: float | int | None = None,
-        power: float | int = 1.0,
+        f_min_hz: float = 0.0,
+        f_max_hz: float | None = None,
+        power: float = 1.0,
         center: bool = True,
     ) -> None:
         super().__init__()

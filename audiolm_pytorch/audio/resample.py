@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import soxr
 import torch
-from beartype import beartype
 from einops import pack, rearrange, unpack
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from audiolm_pytorch.audio.padding import checked_lengths
 from audiolm_pytorch.audio.waves import MAX_HZ, MIN_HZ, check_rate, check_samples
+from audiolm_pytorch.checks.types import typed
 
 __all__ = ["StreamingResampler", "resample", "resample_source_span", "resampled_items", "resampled_length"]
 
@@ -42,7 +42,7 @@ def _flush_samples(from_hz: int, to_hz: int) -> int:
     return from_hz // to_hz + 2
 
 
-@beartype
+@typed
 def resample(wave: Tensor, from_hz: int, to_hz: int) -> Tensor:
     """Resample `wave [..., n]` without delay. The resampled wave has no gradient.
 
@@ -73,7 +73,7 @@ def resampled_items(wave: Tensor, from_hz: int, to_hz: int, lengths: Tensor | No
     return pad_sequence(items, batch_first=True), torch.tensor([len(item) for item in items], device=wave.device)
 
 
-@beartype
+@typed
 def resample_source_span(start: int, count: int, from_hz: int, to_hz: int) -> tuple[int, int, int]:
     """Find the samples of a wave from which a part of the resampled wave can be computed.
 
@@ -99,7 +99,7 @@ def resample_source_span(start: int, count: int, from_hz: int, to_hz: int) -> tu
 class StreamingResampler:
     """Resamples a wave that arrives in chunks; the concatenated output equals `resample` of the whole wave."""
 
-    @beartype
+    @typed
     def __init__(self, from_hz: int, to_hz: int, channels: int) -> None:
         _check_rates(from_hz, to_hz)
         self.from_hz, self.to_hz, self.channels = from_hz, to_hz, channels

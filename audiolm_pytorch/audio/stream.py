@@ -10,13 +10,13 @@ from types import TracebackType
 import numpy as np
 import soundfile
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.formats import WRITE_SUBTYPES, unreadable_reason
 from audiolm_pytorch.audio.resample import StreamingResampler, resampled_length
 from audiolm_pytorch.audio.waves import check_rate, check_samples, with_channels
+from audiolm_pytorch.checks.types import typed
 
 __all__ = [
     "AudioInfo",
@@ -90,7 +90,7 @@ class AudioSource:
             samples that are not finite or beyond 100.
     """
 
-    @beartype
+    @typed
     def __init__(self, path: str | Path, sample_hz: int | None = None, channels: int | None = 1) -> None:
         self.path = Path(path)
         if sample_hz is not None:
@@ -142,7 +142,7 @@ class AudioWriter:
         OSError: If the file cannot be written, for example because the disk is full.
     """
 
-    @beartype
+    @typed
     def __init__(self, path: str | Path, sample_hz: int, channels: int) -> None:
         self.path, self.sample_hz, self.channels = Path(path), sample_hz, channels
         suffix = self.path.suffix.lower()
@@ -159,7 +159,7 @@ class AudioWriter:
     def __enter__(self) -> "AudioWriter":
         return self
 
-    @beartype
+    @typed
     def write(self, wave: Tensor) -> None:
         """Append `wave [c, n]` to the file; samples outside -1..1 are clipped."""
         if wave.ndim != 2 or len(wave) != self.channels:

@@ -3,7 +3,7 @@
 from fractions import Fraction
 from math import ceil, inf
 
-from beartype import beartype
+from audiolm_pytorch.checks.types import typed
 
 __all__ = ["exact_div", "frames_covering", "frames_inside", "samples_covering", "samples_in"]
 
@@ -20,7 +20,7 @@ def _check(amount: float, name_of_amount: str, **divisors: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-@beartype
+@typed
 def exact_div(a: int, b: int, what: str) -> int:
     """Return `a / b`; if there is a remainder, raise a ValueError that contains `what`, the name of `a`."""
     _check(0, what, divisor=b)
@@ -31,8 +31,8 @@ def exact_div(a: int, b: int, what: str) -> int:
     return a // b
 
 
-@beartype
-def samples_in(seconds: float | int | Fraction, sample_hz: int) -> int:
+@typed
+def samples_in(seconds: float | Fraction, sample_hz: int) -> int:
     """Return the number of samples in a duration; raise a ValueError if it is not a whole number (within 1e-6)."""
     _check(float(seconds), "seconds", sample_hz=sample_hz)
     exact_samples = Fraction(seconds) * sample_hz
@@ -45,8 +45,8 @@ def samples_in(seconds: float | int | Fraction, sample_hz: int) -> int:
     return num_samples
 
 
-@beartype
-def samples_covering(seconds: float | int | Fraction, multiple_samples: int, sample_hz: int) -> int:
+@typed
+def samples_covering(seconds: float | Fraction, multiple_samples: int, sample_hz: int) -> int:
     """Return the smallest number of samples that covers a duration and is a multiple of `multiple_samples`."""
     _check(float(seconds), "seconds", multiple_samples=multiple_samples, sample_hz=sample_hz)
     exact_samples = Fraction(seconds) * sample_hz
@@ -56,14 +56,14 @@ def samples_covering(seconds: float | int | Fraction, multiple_samples: int, sam
     return frames_covering(whole_samples, multiple_samples) * multiple_samples
 
 
-@beartype
+@typed
 def frames_covering(num_samples: int, samples_per_frame: int) -> int:
     """Number of frames that cover `num_samples` samples, rounded up."""
     _check(num_samples, "num_samples", samples_per_frame=samples_per_frame)
     return -(-num_samples // samples_per_frame)
 
 
-@beartype
-def frames_inside(seconds: float | int | Fraction, rate_hz: int | Fraction) -> int:
+@typed
+def frames_inside(seconds: float | Fraction, rate_hz: int | Fraction) -> int:
     """Number of whole frames in a duration; the last frame counts as whole if at most 1e-6 of it is missing."""
     return int(seconds * rate_hz + Fraction(1, 10**6))

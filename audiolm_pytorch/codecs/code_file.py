@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.saving.files import read_weights, write_weights
 
@@ -104,7 +104,7 @@ class StoredCodes:
             )
 
 
-@beartype
+@typed
 def write_codes(path: str | Path, stored: StoredCodes) -> None:
     """Write codes to a safetensors file; no partly written file appears at its path. Missing folders are created.
 
@@ -122,7 +122,7 @@ def write_codes(path: str | Path, stored: StoredCodes) -> None:
     write_weights(path, tensors, {_HEADER: header})
 
 
-@beartype
+@typed
 def read_codes(path: str | Path) -> StoredCodes:
     """Read and check a file that `write_codes` wrote; raise a ValueError if it is damaged or of another format."""
     tensors, metadata = read_weights(path)

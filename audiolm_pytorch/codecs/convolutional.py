@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.networks import WaveDecoder, WaveEncoder
 from audiolm_pytorch.nn.local_attention import LocalTransformer
 from audiolm_pytorch.nn.module_state import check_positive
@@ -137,7 +137,7 @@ class _ConvNetwork(nn.Module, ABC):
         attn_depth: Number of local attention layers; the SoundStream paper has no attention.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,

@@ -1,10 +1,11 @@
 """Distances between a reconstructed wave and the original wave."""
 
 import torch
-from beartype import beartype
 from einops import pack, unpack
 from torch import Tensor
 from torch.nn import functional as F
+
+from audiolm_pytorch.checks.types import typed
 
 __all__ = ["si_sdr_db", "stft_distance", "zero_mean"]
 
@@ -15,7 +16,7 @@ _FLOOR = 1e-4
 _FFTS_WINDOWS_AND_HOPS = ((512, 240, 50), (1024, 600, 120), (2048, 1200, 240))
 
 
-@beartype
+@typed
 def si_sdr_db(estimate: Tensor, target: Tensor) -> Tensor:
     """Scale-invariant signal-to-distortion ratio of zero-mean signals (arXiv 1811.02508, eq. 4 and 5).
 
@@ -47,7 +48,7 @@ def zero_mean(wave: Tensor) -> Tensor:
     return centred.masked_fill(is_constant, 0.0)
 
 
-@beartype
+@typed
 def stft_distance(estimate: Tensor, target: Tensor) -> Tensor:
     """Multi-resolution STFT distance `[...]` of waves `[..., n]` (Parallel WaveGAN, arXiv 1910.11480, eq. 3 to 6).
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.padding import checked_lengths
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import StreamingCodec
 from audiolm_pytorch.codecs.convolutional import ConvDecoder, ConvEncoder
 from audiolm_pytorch.codecs.networks import WaveDecoder, WaveEncoder
@@ -63,7 +63,7 @@ class SoundStream(StreamingCodec):
         denoising: FiLM layer before quantization that turns denoising on or off; None if the codec cannot denoise.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -275,7 +275,7 @@ def MusicLMSoundStream(**kwargs: Any) -> SoundStream:
     return SoundStream(**{"target_sample_hz": 24000, "strides": (3, 4, 5, 8), "rq_num_quantizers": 12, **kwargs})
 
 
-@beartype
+@typed
 def SpectralSoundStream(
     *,
     dim: int = 256,

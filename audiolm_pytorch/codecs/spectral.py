@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.networks import WaveDecoder, WaveEncoder
 from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.streaming import StreamState
@@ -111,7 +111,7 @@ class SpectralEncoder(_SpectralNetwork, WaveEncoder):
             Noise at -50 dB below music has magnitudes of about 2e-5 in windows of 80 ms; the default is -100 dB.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -162,7 +162,7 @@ class SpectralDecoder(_SpectralNetwork, WaveDecoder):
     the quantized frames, `input_dim`, is `dim`.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.resample import StreamingResampler
 from audiolm_pytorch.audio.stream import AudioSource, AudioWriter
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec, EncodedWave, StreamingCodec
 from audiolm_pytorch.codecs.code_file import CodesInfo, StoredCodes
 from audiolm_pytorch.codecs.streaming import DecoderStream
@@ -27,13 +27,13 @@ class FileCodec:
     `StreamingCodec` runs on the whole file. The codes always equal those that `tokenize` returns for the whole wave.
     """
 
-    @beartype
+    @typed
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
         self.fingerprint = codec.fingerprint()
         self.device = device_of(codec)
 
-    @beartype
+    @typed
     @torch.no_grad()
     def encode(self, path: str | Path, num_levels: int | None = None) -> StoredCodes:
         """Encode a sound file, and keep the first `num_levels` levels (None: all levels).
@@ -60,7 +60,7 @@ class FileCodec:
         scales = chunks[0].scales
         return StoredCodes(codes, info, None if scales is None else scales[0].float().cpu())
 
-    @beartype
+    @typed
     @torch.no_grad()
     def decode(
         self, stored: StoredCodes, path: str | Path, num_levels: int | None = None, original_rate: bool = False

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.modules import SavedModule
 
 __all__ = ["ConditionTensor", "Conditioner", "Conditions", "TextEncoder", "guide"]
 
 
-@beartype
+@typed
 @dataclass(frozen=True)
 class ConditionTensor:
     """Condition of a batch: embeddings of codes or texts, with a padding mask.

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor
 from audiolm_pytorch.nn.layers import RMSNorm
 from audiolm_pytorch.nn.transformer import INIT_STD, FusedConditions
@@ -18,7 +18,7 @@ __all__ = ["ConditionFuser", "ConditionSpec"]
 _ARGUMENTS = {"codes": "audio_text_condition=True or a cond_dim", "text": "a text_dim"}
 
 
-@beartype
+@typed
 @dataclass(frozen=True)
 class ConditionSpec:
     """Settings of one condition of a language model.
@@ -40,7 +40,7 @@ class ConditionSpec:
     way: Literal["prepend", "cross", "sum"] = "prepend"
     null: Literal["learned", "zero"] = "learned"
     null_tokens: int | None = None
-    drop_prob: float | int = 0.0
+    drop_prob: float = 0.0
 
     def __post_init__(self) -> None:
         if self.dim < 1 or (self.null_tokens is not None and self.null_tokens < 1) or not 0 <= self.drop_prob <= 1:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import ConditionTensor, TextEncoder
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer, ids_of
 from audiolm_pytorch.nn.module_state import device_of
@@ -95,7 +95,7 @@ class PublishedTextEncoder(SavedModule):
 
     frozen: bool = True  # whether the weights never change
 
-    @beartype
+    @typed
     def __init__(
         self,
         source: str | Path | LoadedModel,
@@ -161,7 +161,7 @@ class PublishedTextEncoder(SavedModule):
             facts.append("no special tokens")
         return nameless_fingerprint(self.model, facts)
 
-    @beartype
+    @typed
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
         """Return token ids `[b, t]` int64 of texts, padded with -1; if `texts` are token ids, only check the ids."""
         return self._text.tokenize(texts)
@@ -176,7 +176,7 @@ class TextConditioner(PublishedTextEncoder, TextEncoder):
 
     published = dict.fromkeys(TEXT_MODELS, "TextConditioner")
 
-    @beartype
+    @typed
     @torch.no_grad()
     def forward(self, texts: str | Sequence[str]) -> ConditionTensor:
         """Return hidden states, padded with zeros to the length of the longest text."""

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from beartype import beartype
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.module_state import is_traced
 from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.saving.tokenizer_json import rust_errors, tokenizer_of_json
@@ -32,13 +32,13 @@ class TextTokenizer:
             `</s>` for T5).
     """
 
-    @beartype
+    @typed
     def __init__(self, tokenizer: Tokenizer | None = None, *, special_tokens: bool = False) -> None:
         self._tokenizer = _untrained() if tokenizer is None else tokenizer
         self.special_tokens = special_tokens
 
     @classmethod
-    @beartype
+    @typed
     def train(cls, captions: Iterable[str], vocab_size: int = 4096, min_frequency: int = 2) -> "TextTokenizer":
         """Train a tokenizer on captions. Equal captions result in equal tokenizers on every machine.
 
@@ -61,7 +61,7 @@ class TextTokenizer:
         return cls(tokenizer)
 
     @classmethod
-    @beartype
+    @typed
     def from_json(cls, text: str, *, special_tokens: bool = False) -> "TextTokenizer":
         """Build a tokenizer from the string that `to_json` returned."""
         return cls(tokenizer_of_json(text), special_tokens=special_tokens)
@@ -80,7 +80,7 @@ class TextTokenizer:
         """Number of special tokens that are added to every text."""
         return self._tokenizer.num_special_tokens_to_add(False) if self.special_tokens else 0
 
-    @beartype
+    @typed
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Tensor:
         """Return token ids `[b, t]` int64 of texts, padded with -1 (`PADDING`) to the length t of the longest text.
 
@@ -88,7 +88,7 @@ class TextTokenizer:
         """
         if isinstance(texts, str):
             texts = [texts]
-        for index, text in enumerate(texts):  # beartype checks only one item of a sequence
+        for index, text in enumerate(texts):  # `typed` checks only one item of a sequence
             if not isinstance(text, str):
                 raise TypeError(f"texts must be str, got {type(text).__name__} at index {index} of {len(texts)}")
         cleaned = [_clean(text) for text in texts]
@@ -110,7 +110,7 @@ class TextTokenizer:
         tensors = [torch.tensor(encoding.ids, dtype=torch.long) for encoding in encodings]
         return pad_sequence(tensors, batch_first=True, padding_value=PADDING)
 
-    @beartype
+    @typed
     def decode(self, ids: Tensor) -> list[str]:
         """Decode token ids `[b, t]`, padded with -1, to normalised texts. Bytes that are not UTF-8 become U+FFFD."""
         return [self._tokenizer.decode(row[row >= 0].tolist()).strip() for row in ids]

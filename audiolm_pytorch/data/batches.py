@@ -6,10 +6,10 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from beartype import beartype
 from torch import Tensor
 from torch.nn import functional as F
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.crops import Crop
 
 __all__ = ["BatchPlan", "CropBatch", "collate_crops", "padded_waves"]
@@ -66,7 +66,7 @@ class CropBatch:
     ends_file: Tensor
 
 
-@beartype
+@typed
 def collate_crops(crops: Sequence[Crop]) -> CropBatch:
     """Collate crops into one batch, in which item i is `crops[i]`; all crops need the same sample rates."""
     if not crops:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from beartype import beartype
+
+from audiolm_pytorch.checks.types import typed
 
 __all__ = [
     "SIDECAR_SUFFIXES",
@@ -25,7 +26,7 @@ SIDECAR_SUFFIXES = (".json", ".txt")
 _MAX_LINE_BYTES, _MAX_SIDECAR_BYTES, _MAX_TABLE_BYTES = 2**24, 2**20, 2**26
 
 
-@beartype
+@typed
 def texts_in(value: Any) -> list[str]:
     """Return the texts in a caption value, which may be a text, a list of texts, or a dict of texts and lists.
 
@@ -42,19 +43,19 @@ def _leaves(value: Any) -> list[Any]:
     return [leaf for entry in entries for leaf in (entry if isinstance(entry, list | tuple) else [entry])]
 
 
-@beartype
+@typed
 def is_encodable(text: str) -> bool:
     """Return whether UTF-8 can encode a text; UTF-8 cannot encode lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-@beartype
+@typed
 def encode_texts(texts: Sequence[str]) -> np.ndarray:
     """Encode texts for token shards as a JSON list, in an array `[n]` of UTF-8 bytes."""
     return np.frombuffer(json.dumps(list(texts)).encode(), dtype=np.uint8)
 
 
-@beartype
+@typed
 def decode_texts(data: np.ndarray) -> list[str]:
     """Decode texts from the byte array that `encode_texts` returned; any integer type is accepted."""
     try:
@@ -68,7 +69,7 @@ def decode_texts(data: np.ndarray) -> list[str]:
     return texts
 
 
-@beartype
+@typed
 def caption_and_labels(fields: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
     """Split the manifest fields of an audio clip into the first caption (or None) and the labels.
 
@@ -89,7 +90,7 @@ def caption_and_labels(fields: dict[str, Any]) -> tuple[str | None, dict[str, An
     return caption, labels | ({"captions": further} if further else {})
 
 
-@beartype
+@typed
 def read_sidecar(path: Path) -> tuple[str | None, dict[str, Any]]:
     """Read the first caption and the labels of an audio clip from the `.txt` or `.json` file beside the audio file.
 
@@ -105,7 +106,7 @@ def read_sidecar(path: Path) -> tuple[str | None, dict[str, Any]]:
     return caption_and_labels({"captions": [line.strip() for line in text.split("\n")]})
 
 
-@beartype
+@typed
 def manifest_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place ("line 3") and the fields of each row of a manifest.
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.audio.resample import resample, resample_source_span
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.items import AudioItem
 
 __all__ = ["Crop", "CropDataset", "crop_seconds"]
@@ -43,11 +43,11 @@ class CropDataset:
             must have `channels` channels or be mono; a mono channel is repeated.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         items: Sequence[AudioItem],
-        seconds: float | int | None,
+        seconds: float | None,
         rates_hz: Sequence[int],
         seed: int = 0,
         cache_bytes: int = 2**30,
@@ -76,7 +76,7 @@ class CropDataset:
         """Number of files."""
         return len(self.items)
 
-    @beartype
+    @typed
     def get(self, epoch: int, index: int) -> Crop:
         """Return the crop of file number `index` in an epoch; `epoch`, `index` and the seed determine the crop.
 
@@ -130,10 +130,10 @@ class CropDataset:
         return wave[0] if self.channels == 1 else wave
 
 
-@beartype
+@typed
 def crop_seconds(
-    data_max_length: int | None, data_max_length_seconds: float | int | None, sample_hz: int | None
-) -> float | int | None:
+    data_max_length: int | None, data_max_length_seconds: float | None, sample_hz: int | None
+) -> float | None:
     """Return the crop length in seconds, from a length in samples or in seconds, or None if no length is passed."""
     if data_max_length is None:
         return data_max_length_seconds

@@ -4,9 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from beartype import beartype
-
 from audiolm_pytorch.audio.formats import AUDIO_SUFFIXES, OTHER_AUDIO_SUFFIXES
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.captions import SIDECAR_SUFFIXES
 from audiolm_pytorch.data.items import Rejected
 
@@ -27,7 +26,7 @@ class FolderScan:
     rejected: list[Rejected]
 
 
-@beartype
+@typed
 def scan_folder(folder: Path) -> FolderScan:
     """Find the audio files below a folder, each with its `.json` and `.txt` caption files; hidden files are skipped.
 

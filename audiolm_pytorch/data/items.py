@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.audio.resample import resample, resample_source_span, resampled_length
 from audiolm_pytorch.audio.stream import AudioSource
 from audiolm_pytorch.audio.waves import with_channels
+from audiolm_pytorch.checks.types import typed
 
 __all__ = ["AudioItem", "ItemEntry", "ItemReport", "Rejected", "Requirements", "content_digest", "items_digest"]
 
@@ -49,13 +49,13 @@ class AudioItem:
     digest: str = ""
     load: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
 
-    @beartype
+    @typed
     def read(
         self,
         sample_hz: int,
         channels: int = 1,
-        start_seconds: float | int = 0.0,
-        duration_seconds: float | int | None = None,
+        start_seconds: float = 0.0,
+        duration_seconds: float | None = None,
     ) -> Tensor:
         """Read the wave `[c, n]` of the item, or a part of it, as `read_audio` does.
 
@@ -95,7 +95,7 @@ class ItemReport:
     rejected: list[Rejected]
 
 
-@beartype
+@typed
 @dataclass(frozen=True)
 class Requirements:
     """Requirements for the files of a data set, which are tested when the files are listed.
@@ -106,7 +106,7 @@ class Requirements:
             model of more channels needs files with as many channels, or mono files.
     """
 
-    min_seconds: float | int = 0.0
+    min_seconds: float = 0.0
     channels: int = 1
 
     def __post_init__(self) -> None:
@@ -125,7 +125,7 @@ class Requirements:
         return None
 
 
-@beartype
+@typed
 def content_digest(path: Path) -> str:
     """Return the size of a file in bytes, and a hash of three blocks of the file, as `size:hash`.
 
@@ -141,7 +141,7 @@ def content_digest(path: Path) -> str:
     return f"{num_bytes}:{digest.hexdigest()}"
 
 
-@beartype
+@typed
 def items_digest(items: Sequence[AudioItem]) -> str:
     """Hash file names, lengths, sample rates and contents of items in order, for the identity of a training run.
 

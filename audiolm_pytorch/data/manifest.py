@@ -10,10 +10,10 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from beartype import beartype
 from torch.utils.data import Dataset
 
 from audiolm_pytorch.audio.files import decoded_info
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.captions import caption_and_labels, manifest_rows, read_sidecar, texts_in
 from audiolm_pytorch.data.folder import scan_folder
 from audiolm_pytorch.data.items import AudioItem, ItemEntry, ItemReport, Rejected, Requirements, content_digest
@@ -47,15 +47,15 @@ DataSource = str | Path | Dataset | Sequence[str | Path | Dataset]
 AudioSplit = tuple[Sequence[AudioItem] | Dataset, Sequence[AudioItem] | Dataset]
 
 
-@beartype
+@typed
 def captions_of(item: AudioItem) -> list[str]:
     """Return the captions of an item without repetitions: `item.caption`, then the texts of the label `captions`."""
     return texts_in([item.caption, *texts_in(item.labels.get("captions"))])
 
 
-@beartype
+@typed
 def load_items(
-    source: DataSource, min_seconds: float | int = 0.0, channels: int = 1, sample_hz: int | None = None
+    source: DataSource, min_seconds: float = 0.0, channels: int = 1, sample_hz: int | None = None
 ) -> ItemReport:
     """List the audio of a data source, and decode each file to check that it can be used.
 
@@ -126,7 +126,7 @@ def _without_repetitions(parts: Sequence[Sequence[AudioItem]]) -> list[AudioItem
     return kept
 
 
-@beartype
+@typed
 def check_entries(
     entries: Sequence[ItemEntry],
     source: Path,
@@ -238,7 +238,7 @@ def _rows(manifest: Path, folder_of_table: bool = False) -> Iterator[tuple[Path,
             raise ValueError(f"{manifest}, {place}: {error}") from error
 
 
-@beartype
+@typed
 def manifest_text(items: Sequence[AudioItem | ItemEntry], folder: str | Path) -> str:
     """Return the text of a JSON-lines manifest of the items, for a manifest file in `folder`.
 
@@ -256,9 +256,9 @@ def manifest_text(items: Sequence[AudioItem | ItemEntry], folder: str | Path) ->
     return "".join(lines)
 
 
-@beartype
+@typed
 def split_items(
-    items: Sequence[AudioItem], valid_fraction: float | int = 0.05, seed: int = 0
+    items: Sequence[AudioItem], valid_fraction: float = 0.05, seed: int = 0
 ) -> tuple[list[AudioItem], list[AudioItem]]:
     """Split items into training and validation items by a hash of the file names.
 
@@ -297,12 +297,12 @@ def _uniform_hash(name: str, seed: int) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-@beartype
+@typed
 def load_split(
     source: DataSource,
-    valid_fraction: float | int = 0.05,
+    valid_fraction: float = 0.05,
     seed: int = 0,
-    min_seconds: float | int = 0.0,
+    min_seconds: float = 0.0,
     channels: int = 1,
     sample_hz: int | None = None,
 ) -> tuple[list[AudioItem], list[AudioItem]]:
@@ -328,15 +328,15 @@ def load_split(
     return split_items(load_items(source, *needs).items, valid_fraction, seed)
 
 
-@beartype
+@typed
 def training_items(
     folder: DataSource | None,
     items: AudioSplit | Dataset | None,
     *,
-    min_seconds: float | int = 0.0,
+    min_seconds: float = 0.0,
     channels: int = 1,
     sample_hz: int | None = None,
-    valid_fraction: float | int = 0.05,
+    valid_fraction: float = 0.05,
     reuse_for_validation: bool = True,
     name: str = "folder",
 ) -> tuple[list[AudioItem], list[AudioItem]]:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from beartype import beartype
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.files import check_digest, differences, digest_of_file, read_json, write_json
 from audiolm_pytorch.saving.text import one_line
 
@@ -37,7 +37,7 @@ _MAX_OPEN_CHUNKS = 64
 Record = dict[str, np.ndarray]
 
 
-@beartype
+@typed
 def write_shards(
     folder: str | Path,
     make_record: Callable[[int], Record],
@@ -189,7 +189,7 @@ class TokenShards:
         max_open_chunks: Maximum number of chunks that stay memory-mapped; more chunks use more memory.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         folder: str | Path,

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from audiolm_pytorch.audio.waves import check_rate, check_samples
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.captions import caption_and_labels
 from audiolm_pytorch.data.items import AudioItem, Rejected
 from audiolm_pytorch.saving.fingerprint import digest_of
@@ -21,7 +21,7 @@ __all__ = ["dataset_items"]
 _DIGEST_SAMPLES = 2**12
 
 
-@beartype
+@typed
 def dataset_items(dataset: Dataset, sample_hz: int | None = None) -> list[AudioItem | Rejected]:
     """Read every example of a torch `Dataset` once, and return items that read its waves when they are needed.
 

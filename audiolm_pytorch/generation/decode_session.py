@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import Conditions, guide
 from audiolm_pytorch.generation.sampling import SamplingSettings, item_generators, sample_tokens
 from audiolm_pytorch.lm.token_model import TokenTransformer
@@ -75,7 +75,7 @@ class DecodeSession:
             column.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         model: TokenTransformer,

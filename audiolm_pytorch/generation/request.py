@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.audio.waves import check_rate, mono_waves
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec, StreamingCodec
 from audiolm_pytorch.codecs.streaming import DecoderStream
 from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor
@@ -24,7 +24,7 @@ __all__ = ["GeneratedAudio", "GenerationRequest", "ProgressBars", "Prompt", "Wav
 Prompt = Tensor | str | Path
 
 
-@beartype
+@typed
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GenerationRequest:
     """Arguments of `AudioLM.forward`: inputs (which can be combined), lengths and settings of a generation.
@@ -64,7 +64,7 @@ class GenerationRequest:
     """
 
     batch_size: int = 1
-    seconds: float | int | None = None
+    seconds: float | None = None
     text: str | Sequence[str] | None = None
     wavs: Tensor | None = None
     codes: Tensor | None = None

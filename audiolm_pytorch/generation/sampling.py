@@ -7,8 +7,9 @@ from math import inf
 from typing import Any
 
 import torch
-from beartype import beartype
 from torch import Tensor
+
+from audiolm_pytorch.checks.types import typed
 
 __all__ = [
     "DEFAULT_SAMPLING",
@@ -24,7 +25,7 @@ __all__ = [
 _MIN_TEMPERATURE = 1e-6
 
 
-@beartype
+@typed
 @dataclass(frozen=True)
 class SamplingSettings:
     """Sampling settings of one stage.
@@ -39,10 +40,10 @@ class SamplingSettings:
         ValueError: If a number is out of range.
     """
 
-    temperature: float | int = 1.0
+    temperature: float = 1.0
     top_k: int | None = None
-    top_p: float | int | None = None
-    guidance_scale: float | int = 1.0
+    top_p: float | None = None
+    guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the ranges of all fields."""

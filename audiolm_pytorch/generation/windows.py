@@ -6,9 +6,9 @@ from math import ceil
 from typing import Any
 
 import torch
-from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor
 from audiolm_pytorch.generation.decode_session import DecodeSession
 from audiolm_pytorch.generation.sampling import SamplingSettings, item_generators
@@ -71,7 +71,7 @@ class SlidingWindowDecoder:
             `num_frames`, or `window_frames` is too small.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         model: TokenTransformer,

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audio.waves import checked_wave, with_channels
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditioner, Conditions, TextEncoder
 from audiolm_pytorch.generation.decode_session import Decoded
@@ -48,7 +48,7 @@ class StageWrapper(nn.Module):
 
     stage_class: ClassVar[type[StageTransformer]] = StageTransformer
 
-    @beartype
+    @typed
     def __init__(
         self,
         transformer: StageTransformer,
@@ -71,7 +71,7 @@ class StageWrapper(nn.Module):
         self.audio_conditioner = audio_conditioner
         self.text_conditioner = text_conditioner
 
-    @beartype
+    @typed
     def condition(
         self,
         *,
@@ -83,7 +83,7 @@ class StageWrapper(nn.Module):
         conditioners = self.audio_conditioner, self.text_conditioner
         return stage_conditions(self.transformer, *conditioners, text=text, wavs=wavs, codes=codes)
 
-    @beartype
+    @typed
     def forward(
         self,
         wave: Tensor | None = None,
@@ -120,7 +120,7 @@ class StageWrapper(nn.Module):
             raise ValueError("got both or neither of wave and tokens; pass exactly one of them")
         return self.transformer(self.transformer.packed(tokens, ends), conditioning)
 
-    @beartype
+    @typed
     def generate(
         self,
         num_frames: int | Tensor,

@@ -10,8 +10,7 @@ from fractions import Fraction
 from itertools import combinations
 from typing import Any
 
-from beartype import beartype
-
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
 from audiolm_pytorch.data.shards import TokenShards
@@ -36,7 +35,7 @@ _SHARD_KEYS = {"semantic": "semantic_tokenizer", "acoustic": "codec"}
 _Tokenizers = Mapping[str, SemanticTokenizer | Codec | None]
 
 
-@beartype
+@typed
 def check_compatible(
     transformer: StageTransformer,
     wav2vec: SemanticTokenizer | None = None,
@@ -64,7 +63,7 @@ def check_compatible(
     agreed_fingerprints(transformer, wav2vec, codec, audio_conditioner, text_conditioner, kinds=kinds)
 
 
-@beartype
+@typed
 def check_stages_compatible(*transformers: StageTransformer) -> None:
     """Check that all stages of a model declare equal properties of shared streams and have equal fingerprints."""
     differences = [line for pair in combinations(transformers, 2) for line in _stage_differences(*pair)]

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.audio.units import frames_inside
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import PackedTokens, Stream
@@ -74,7 +74,7 @@ class StageTransformer(TokenTransformer):
 
     namespace: ClassVar[str]
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -151,7 +151,7 @@ class StageTransformer(TokenTransformer):
         streams, lengths = self.streams_of(tokens)
         return self.layout.pack(streams, lengths, ends)
 
-    @beartype
+    @typed
     def streams_of(
         self, tokens: AudioTokens, names: tuple[str, ...] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, int | Tensor]]:

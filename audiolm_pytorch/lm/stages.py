@@ -5,8 +5,7 @@ from fractions import Fraction
 from math import ceil
 from typing import Any
 
-from beartype import beartype
-
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.lm.stage_transformer import StageTransformer, TokenSource
 from audiolm_pytorch.saving.modules import register
 from audiolm_pytorch.tokens.streams import Stream, exact_rate
@@ -30,14 +29,14 @@ class SemanticTransformer(StageTransformer):
 
     namespace = "semantic"
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
         num_semantic_tokens: int,
         dim: int,
         depth: int,
-        rate_hz: float | int | str | Fraction = 25,
+        rate_hz: float | str | Fraction = 25,
         eos: bool = True,
         pattern: str = "flat",
         audio_text_condition: bool = False,
@@ -76,7 +75,7 @@ class CoarseTransformer(StageTransformer):
 
     namespace = "coarse"
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -86,10 +85,10 @@ class CoarseTransformer(StageTransformer):
         dim: int,
         depth: int,
         pattern: str = "delayed",
-        semantic_rate_hz: float | int | str | Fraction = 25,
-        rate_hz: float | int | str | Fraction = 50,
+        semantic_rate_hz: float | str | Fraction = 25,
+        rate_hz: float | str | Fraction = 50,
         num_groups: int = 1,
-        semantic_lookahead_seconds: float | int = 0,
+        semantic_lookahead_seconds: float = 0,
         guide_semantic: bool = False,
         audio_text_condition: bool = False,
         **options: Any,
@@ -147,7 +146,7 @@ class FineTransformer(StageTransformer):
 
     namespace = "fine"
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -157,7 +156,7 @@ class FineTransformer(StageTransformer):
         dim: int,
         depth: int,
         pattern: str = "delayed",
-        rate_hz: float | int | str | Fraction = 50,
+        rate_hz: float | str | Fraction = 50,
         num_groups: int = 1,
         audio_text_condition: bool = False,
         **options: Any,

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import Conditioner, ConditionTensor, TextEncoder
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.token_model import TokenLoss
@@ -52,7 +52,7 @@ class StageTask:
         config: Settings that must not change when a run is resumed; the trainer adds the settings of its data.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         transformer: StageTransformer,
@@ -61,10 +61,10 @@ class StageTask:
         *,
         audio_conditioner: Conditioner | None = None,
         text_conditioner: TextEncoder | None = None,
-        level_drop_prob: float | int = 0.0,
-        history_noise: float | int = 0.0,
-        input_noise: float | int = 0.0,
-        level_weights: Sequence[float | int] = (),
+        level_drop_prob: float = 0.0,
+        history_noise: float = 0.0,
+        input_noise: float = 0.0,
+        level_weights: Sequence[float] = (),
         batch_size: int = 16,
         token_fingerprints: Mapping[str, str] | None = None,
     ) -> None:
@@ -203,9 +203,7 @@ def _drop_levels(conditioning: ConditionTensor, probability: float) -> Condition
     return conditioning.without_trailing(torch.where(is_cut, kept, num_levels))
 
 
-def _noise_of_streams(
-    transformer: StageTransformer, history_noise: float | int, input_noise: float | int
-) -> dict[str, float | int]:
+def _noise_of_streams(transformer: StageTransformer, history_noise: float, input_noise: float) -> dict[str, float]:
     """Return the largest share of noise by stream name, for streams with noise."""
     generated = {name for name, source in transformer.sources.items() if source.kind in ("semantic", "acoustic")}
     inputs = [stream.name for stream in transformer.layout.inputs if stream.name in generated]

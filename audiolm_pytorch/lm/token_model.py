@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import Conditions
 from audiolm_pytorch.conditioning.fuser import ConditionFuser, ConditionSpec
 from audiolm_pytorch.nn.transformer import INIT_STD, FusedConditions, Transformer
@@ -64,7 +64,7 @@ class TokenTransformer(SavedModule):
         **stack: Further arguments of `Transformer`: positions, kv_heads, checkpoint_blocks, forget_prob.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -73,12 +73,12 @@ class TokenTransformer(SavedModule):
         depth: int,
         heads: int = 8,
         dim_head: int = 64,
-        ff_mult: float | int = 4.0,
-        dropout: float | int = 0.0,
+        ff_mult: float = 4.0,
+        dropout: float = 0.0,
         cond_dim: int | None = None,
-        cond_drop_prob: float | int = 0.1,
+        cond_drop_prob: float = 0.1,
         null_tokens: int = 8,
-        max_seconds: float | int | None = None,
+        max_seconds: float | None = None,
         text_dim: int | None = None,
         text_as: Literal["cross", "prefix"] = "cross",
         conditions: Mapping[str, ConditionSpec | Mapping[str, Any]] | None = None,
@@ -136,7 +136,7 @@ class TokenTransformer(SavedModule):
         """Device of the weights."""
         return self.embedding.weight.device
 
-    @beartype
+    @typed
     def forward(
         self, packed: PackedTokens, conditioning: Conditions | None = None, input_ids: Tensor | None = None
     ) -> TokenLoss:

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from beartype import beartype
 from torch.utils.data import Dataset
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
 from audiolm_pytorch.data.crops import crop_seconds
@@ -75,7 +75,7 @@ class StageTrainer:
         **settings: Further fields of `LoopSettings`, such as `learning_rate` or `optimizer`.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         transformer: StageTransformer,
@@ -89,16 +89,16 @@ class StageTrainer:
         shards: TokenShards | None = None,
         valid_shards: TokenShards | None = None,
         data_max_length: int | None = None,
-        data_max_length_seconds: float | int | None = None,
+        data_max_length_seconds: float | None = None,
         batch_size: int,
         num_train_steps: int,
         results_folder: str | Path | None = None,
         accelerator: "accelerate.Accelerator | None" = None,
-        level_drop_prob: float | int = 0.0,
-        history_noise: float | int = 0.0,
-        input_noise: float | int = 0.0,
-        level_weights: Sequence[float | int] = (),
-        text_prob: float | int = 0.0,
+        level_drop_prob: float = 0.0,
+        history_noise: float = 0.0,
+        input_noise: float = 0.0,
+        level_weights: Sequence[float] = (),
+        text_prob: float = 0.0,
         conditioners: Mapping[str, ConditionFunction] | None = None,
         **settings: Any,
     ) -> None:
@@ -157,7 +157,7 @@ class StageTrainer:
         self.results_folder = Path(results_folder or f"./results/{transformer.namespace}_transformer")
         self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator)
 
-    @beartype
+    @typed
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
         """Train the stage to the end of the run, or for at most `stop_after_steps` steps.
 
@@ -217,7 +217,7 @@ def _warn_of_unused(
 class SemanticTransformerTrainer(StageTrainer):
     """Trainer of the semantic stage, with the arguments of `StageTrainer`."""
 
-    @beartype
+    @typed
     def __init__(
         self, *, transformer: SemanticTransformer, wav2vec: SemanticTokenizer | None = None, **options: Any
     ) -> None:
@@ -227,7 +227,7 @@ class SemanticTransformerTrainer(StageTrainer):
 class CoarseTransformerTrainer(StageTrainer):
     """Trainer of the coarse stage, with the arguments of `StageTrainer`."""
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -242,6 +242,6 @@ class CoarseTransformerTrainer(StageTrainer):
 class FineTransformerTrainer(StageTrainer):
     """Trainer of the fine stage, with the arguments of `StageTrainer`."""
 
-    @beartype
+    @typed
     def __init__(self, *, transformer: FineTransformer, codec: Codec | None = None, **options: Any) -> None:
         super().__init__(transformer, codec=codec, **options)

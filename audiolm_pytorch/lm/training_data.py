@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from beartype import beartype
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from audiolm_pytorch.audio.units import frames_inside
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditioner, ConditionTensor
 from audiolm_pytorch.data.batches import CropBatch, collate_crops
@@ -67,7 +67,7 @@ class StageSource(ABC):
     """
 
     def __init__(
-        self, transformer: StageTransformer, audio_conditioner: Conditioner | None, text_prob: float | int, seed: int
+        self, transformer: StageTransformer, audio_conditioner: Conditioner | None, text_prob: float, seed: int
     ) -> None:
         if not 0 <= text_prob <= 1:
             raise ValueError(f"text_prob must be a probability in [0, 1], got {text_prob}")
@@ -150,18 +150,18 @@ class WaveSource(StageSource):
             input waves.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         items: Sequence[AudioItem],
         transformer: StageTransformer,
         *,
-        seconds: float | int | None,
+        seconds: float | None,
         wav2vec: SemanticTokenizer | None,
         codec: Codec | None,
         audio_conditioner: Conditioner | None,
         conditioners: Mapping[str, ConditionFunction] | None = None,
-        text_prob: float | int = 0.0,
+        text_prob: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__(transformer, audio_conditioner, text_prob, seed)
@@ -282,15 +282,15 @@ class ShardSource(StageSource):
         seconds: Length of a crop in seconds; None = crops are whole recordings.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         shards: TokenShards,
         transformer: StageTransformer,
         *,
-        seconds: float | int | None,
+        seconds: float | None,
         audio_conditioner: Conditioner | None,
-        text_prob: float | int = 0.0,
+        text_prob: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__(transformer, audio_conditioner, text_prob, seed)

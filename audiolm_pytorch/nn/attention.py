@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.positions import rotate
 
 __all__ = ["AttentionContext", "CrossAttention", "SelfAttention", "attend"]
@@ -96,7 +96,7 @@ class SelfAttention(nn.Module):
         bias: Whether the projections have biases.
     """
 
-    @beartype
+    @typed
     def __init__(self, dim: int, heads: int, dim_head: int, kv_heads: int | None = None, bias: bool = False) -> None:
         super().__init__()
         self.heads, self.kv_heads = heads, heads if kv_heads is None else kv_heads
@@ -137,7 +137,7 @@ class CrossAttention(nn.Module):
         bias: Whether the projections have biases.
     """
 
-    @beartype
+    @typed
     def __init__(self, dim: int, heads: int, dim_head: int, bias: bool = False) -> None:
         super().__init__()
         self.heads = heads

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.modules import SavedModule, register
 
 __all__ = ["FiLM"]
@@ -19,7 +19,7 @@ class FiLM(SavedModule):
     training, FiLM returns the frames unchanged for both values of the flag.
     """
 
-    @beartype
+    @typed
     def __init__(self, *, dim: int) -> None:
         super().__init__()
         self.config: dict[str, Any] = dict(dim=dim)

@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from audiolm_pytorch.checks.types import typed
 
 __all__ = ["Dropout", "FeedForward", "GatedFeedForward", "NormFactory", "RMSNorm", "is_plain", "norm_factory"]
 
@@ -45,7 +46,7 @@ class RMSNorm(nn.Module):
 
     eps = 1e-6  # added to the mean square
 
-    @beartype
+    @typed
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
@@ -120,7 +121,7 @@ class GatedFeedForward(nn.Module):
         dropout: Dropout probability of hidden values.
     """
 
-    @beartype
+    @typed
     def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.up = nn.Linear(dim, 2 * hidden_dim, bias=False)
@@ -149,7 +150,7 @@ class FeedForward(nn.Module):
         dropout: Dropout probability of hidden values.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         dim: int,

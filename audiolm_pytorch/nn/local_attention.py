@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.layers import GatedFeedForward, RMSNorm
 from audiolm_pytorch.nn.module_state import is_traced
 from audiolm_pytorch.nn.positions import RotaryPositions, rotate
@@ -28,7 +28,7 @@ class LocalAttention(nn.Module):
         heads: Number of heads of width 64; None = `dim // 64`.
     """
 
-    @beartype
+    @typed
     def __init__(self, dim: int, window: int, heads: int | None = None) -> None:
         super().__init__()
         if window < 1:
@@ -88,7 +88,7 @@ class _Block(nn.Module):
 class LocalTransformer(nn.Module):
     """Stack of transformer blocks with local causal attention; with `depth=0` the frames do not change."""
 
-    @beartype
+    @typed
     def __init__(self, dim: int, depth: int, window: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([_Block(dim, window) for _ in range(depth)])

@@ -4,9 +4,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
+
+from audiolm_pytorch.checks.types import typed
 
 __all__ = ["RelativePositions", "RotaryPositions", "SinusoidalPositions", "WavePositionBias", "rotate"]
 
@@ -19,7 +20,7 @@ class RotaryPositions(nn.Module):
         base: Longest wavelength in positions, divided by 2 pi.
     """
 
-    @beartype
+    @typed
     def __init__(self, dim_head: int, base: float = 10000.0) -> None:
         super().__init__()
         if dim_head % 2:
@@ -51,7 +52,7 @@ class RelativePositions(nn.Module):
     num_buckets = 32
     max_distance = 128
 
-    @beartype
+    @typed
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.bias = nn.Embedding(self.num_buckets, heads)
@@ -82,7 +83,7 @@ class SinusoidalPositions(nn.Module):
         base: Longest wavelength in positions, divided by 2 pi.
     """
 
-    @beartype
+    @typed
     def __init__(self, dim: int, base: float = 10000.0) -> None:
         super().__init__()
         if dim % 2 or dim < 4:
@@ -106,7 +107,7 @@ class WavePositionBias(nn.Module):
     all pairs, works in fused attention, and allows other positions in every item (dropped patches).
     """
 
-    @beartype
+    @typed
     def __init__(self, heads: int, num_axes: int = 1, num_waves: int = 8) -> None:
         super().__init__()
         if min(heads, num_axes, num_waves) < 1:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.attention import AttentionContext, CrossAttention, SelfAttention
 from audiolm_pytorch.nn.layers import Dropout, FeedForward, GatedFeedForward, NormFactory, norm_factory
 from audiolm_pytorch.nn.positions import RelativePositions, RotaryPositions, SinusoidalPositions, WavePositionBias
@@ -134,7 +134,7 @@ class Transformer(nn.Module):
         init_std: Standard deviation of initial weights; None = `fan_in ** -0.5`.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -142,19 +142,19 @@ class Transformer(nn.Module):
         depth: int,
         heads: int = 8,
         dim_head: int = 64,
-        ff_mult: float | int = 4.0,
-        dropout: float | int = 0.0,
+        ff_mult: float = 4.0,
+        dropout: float = 0.0,
         norm: Literal["rms", "layer"] | NormFactory = "rms",
         feed_forward: FeedForwardName | NormFactory = "gated",
         positions: Literal["rotary", "relative", "sinusoidal", "none"] = "rotary",
         position_bias: WavePositionBias | None = None,
-        rotary_base: float | int = 10_000.0,
+        rotary_base: float = 10_000.0,
         causal: bool = True,
         bias: bool = False,
         kv_heads: int | None = None,
         cross: bool = False,
         checkpoint_blocks: bool = False,
-        forget_prob: float | int = 0.0,
+        forget_prob: float = 0.0,
         init_std: float | None = INIT_STD,
     ) -> None:
         super().__init__()
@@ -229,7 +229,7 @@ class Transformer(nn.Module):
             x = self._apply_block(block, x, context)
         return self.norm(x[:, conditions.num_rows :])
 
-    @beartype
+    @typed
     def hidden_states(
         self, x: Tensor, mask: Tensor | None = None, *, positions: Tensor | None = None, layers: Sequence[int | None]
     ) -> list[Tensor]:
@@ -342,7 +342,7 @@ def _feed_forward(
     return GatedFeedForward(dim, hidden_dim, dropout)
 
 
-@beartype
+@typed
 def build_encoder(
     dim: int,
     depth: int,

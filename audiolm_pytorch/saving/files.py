@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.fingerprint import digest_of
 from audiolm_pytorch.saving.text import one_line
 
@@ -53,7 +53,7 @@ _DTYPES = {
 }
 
 
-@beartype
+@typed
 def write_json(path: str | Path, obj: Any, sealed: bool = False) -> None:
     """Write a JSON-able object to a file, which is replaced atomically; raise a ValueError for NaN and infinity.
 
@@ -73,7 +73,7 @@ def write_json(path: str | Path, obj: Any, sealed: bool = False) -> None:
         (stage / path.name).write_bytes(text.encode())
 
 
-@beartype
+@typed
 def read_json(path: str | Path) -> Any:
     """Read a JSON file; raise a ValueError if the file is missing or damaged, or if its "sha256" is wrong."""
     if not Path(path).is_file():
@@ -110,7 +110,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number in JSON")
 
 
-@beartype
+@typed
 def digest_of_file(path: str | Path) -> str:
     """Return the SHA-256 of the bytes of a file as 64 hexadecimal digits."""
     digest = hashlib.sha256()
@@ -120,7 +120,7 @@ def digest_of_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-@beartype
+@typed
 def check_digest(path: str | Path, expected: str) -> None:
     """Raise a ValueError if a file is missing, or its SHA-256 is not the expected one."""
     if not Path(path).is_file():
@@ -140,7 +140,7 @@ def differences(found: Any, expected: Any, path: str = "") -> list[str]:
     return lines
 
 
-@beartype
+@typed
 def write_weights(
     path: str | Path,
     weights: Mapping[str, Tensor],
@@ -168,7 +168,7 @@ def save_tensors(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[st
         raise OSError(f"cannot write {path}: {error}") from error
 
 
-@beartype
+@typed
 def read_weights(path: str | Path, sealed: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors (on the CPU) and header strings of a safetensors file; raise a ValueError if the file is damaged.
 
@@ -232,7 +232,7 @@ def staged_files(folder: Path) -> Iterator[Path]:
         sync_to_disk(folder)
 
 
-@beartype
+@typed
 def sync_to_disk(path: str | Path) -> None:
     """Wait until the content of a file, or the list of files in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

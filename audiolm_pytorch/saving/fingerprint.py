@@ -7,9 +7,9 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.weights import weights_of
 
 __all__ = ["cached_fingerprint", "digest_of", "fingerprint_of", "nameless_fingerprint", "part_fingerprint", "state_of"]
@@ -18,7 +18,7 @@ __all__ = ["cached_fingerprint", "digest_of", "fingerprint_of", "nameless_finger
 _cache: WeakKeyDictionary[nn.Module, tuple[str, list[tuple[ref[Tensor], tuple[int, int]]], str]] = WeakKeyDictionary()
 
 
-@beartype
+@typed
 def fingerprint_of(module: nn.Module) -> str:
     """Hash the class, config, parameters and persistent buffers of a module into 16 hexadecimal digits.
 
@@ -28,7 +28,7 @@ def fingerprint_of(module: nn.Module) -> str:
     return cached_fingerprint(module, json.dumps(spec, sort_keys=True), lambda: digest_of(spec, weights_of(module)))
 
 
-@beartype
+@typed
 def part_fingerprint(module: nn.Module) -> str:
     """Return `module.fingerprint()` if the module has this method, else `fingerprint_of(module)`."""
     fingerprint: Any = getattr(module, "fingerprint", None)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
 from torch import nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.files import read_json, write_json
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.modules import load_module, save_module
@@ -26,7 +26,7 @@ FORMAT_VERSION = 1
 PART_FILES = ("config.json", "model.safetensors")
 
 
-@beartype
+@typed
 def write_model_folder(
     folder: str | Path,
     card: str,
@@ -77,7 +77,7 @@ def _swap(new: Path, folder: Path, old: Path, names: Sequence[str]) -> None:
         raise
 
 
-@beartype
+@typed
 def read_card(path: str | Path) -> dict[str, Any]:
     """Read the card of a model folder; raise a ValueError if its format version is not supported."""
     card = read_json(path)
@@ -90,7 +90,7 @@ def read_card(path: str | Path) -> dict[str, Any]:
     return dict(card)
 
 
-@beartype
+@typed
 def load_parts(
     folder: Path, folders: Mapping[str, Path], kinds: Mapping[str, Any], fingerprinted: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def load_parts(
         return dict(zip(folders, pool.map(load, folders)))
 
 
-@beartype
+@typed
 def exact_dtype(module: nn.Module, dtype: torch.dtype, *, but: Sequence[str] = ()) -> torch.dtype | None:
     """Return `dtype` if it stores all weights of a module without rounding, else None; skip the submodules in `but`."""
     weights = {name: weight for name, weight in weights_of(module).items() if name.partition(".")[0] not in but}

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.construction import build_within
 from audiolm_pytorch.saving.files import (
     check_digest,
@@ -78,7 +78,7 @@ def constructor_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ("self", "__class__")}
 
 
-@beartype
+@typed
 def module_spec(module: nn.Module) -> dict[str, Any]:
     """Return the JSON-able spec of a module of a registered class: `{"class": name, "config": config}`."""
     cls = type(module)
@@ -92,7 +92,7 @@ def module_spec(module: nn.Module) -> dict[str, Any]:
     return {"class": cls.__name__, "config": dict(config)}
 
 
-@beartype
+@typed
 def build_module(spec: Mapping[str, Any]) -> nn.Module:
     """Build a module with random weights from a spec of `module_spec`; raise a ValueError if the config is wrong."""
     if not {"class", "config"} <= spec.keys():
@@ -129,7 +129,7 @@ def _built_parts(value: Any) -> Any:
     return build_module(value) if isinstance(value, dict) and value.keys() == {"class", "config"} else value
 
 
-@beartype
+@typed
 def save_module(
     module: nn.Module, folder: str | Path, extra: dict[str, Any] | None = None, dtype: torch.dtype | None = None
 ) -> None:
@@ -157,7 +157,7 @@ def save_module(
         write_json(stage / _CONFIG_FILE, content, sealed=True)
 
 
-@beartype
+@typed
 def load_module(folder: str | Path, expect: type | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """Load a saved module in eval mode; its weights have the dtypes of its constructor (float32), not of the file.
 
@@ -191,7 +191,7 @@ def load_module(folder: str | Path, expect: type | None = None, device: str | to
     return module.to(device).eval()
 
 
-@beartype
+@typed
 def read_config(folder: str | Path) -> dict[str, Any]:
     """Read `config.json` of a saved module: `format_version`, `class`, `config` and the extra entries."""
     path = Path(folder) / _CONFIG_FILE

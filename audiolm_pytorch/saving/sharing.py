@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from beartype import beartype
 from torch import nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.sources import find_folder, is_noncommercial
 from audiolm_pytorch.saving.text import one_line
 
@@ -34,7 +34,7 @@ class SharedModel(nn.Module):
     subfolders: ClassVar[tuple[str, ...]] = ("",)
     pipeline_tag: ClassVar[str | None] = None  # kind of model in the header of the card
 
-    @beartype
+    @typed
     def save_pretrained(
         self, folder: str | Path, *, dtype: torch.dtype | None = None, licence: str | None = None
     ) -> None:
@@ -52,7 +52,7 @@ class SharedModel(nn.Module):
         write_card(Path(folder), card)
 
     @classmethod
-    @beartype
+    @typed
     def from_pretrained(
         cls: type[Shared],
         source: str | Path,
@@ -93,7 +93,7 @@ class SharedModel(nn.Module):
             )
         return place.parent
 
-    @beartype
+    @typed
     def push_to_hub(
         self,
         repo_id: str,

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.restricted_pickle import (
     ClassName,
     DataUnpickler,
@@ -76,7 +76,7 @@ class TorchCheckpoint:
     raised if an object in the file is neither a tensor nor of a class of Python, fairseq, omegaconf or argparse.
     """
 
-    @beartype
+    @typed
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self._storages: dict[str, Tensor] = {}
@@ -93,7 +93,7 @@ class TorchCheckpoint:
             if type(self.content) is not dict:
                 raise RefusedFileError("the file is not a checkpoint of torch: the saved object is not a dictionary")
 
-    @beartype
+    @typed
     def tensor(self, value: Any) -> Tensor:
         """Convert a `StandIn` in `content` to a tensor on the CPU, which may share memory with other tensors."""
         with one_line_errors(self.path, _ADVICE):

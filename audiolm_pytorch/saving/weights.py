@@ -4,15 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
+
+from audiolm_pytorch.checks.types import typed
 
 __all__ = ["check_weights", "load_weights", "weights_of"]
 
 _MAX_LISTED = 8
 
 
-@beartype
+@typed
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and persistent buffers of a module by name, detached; no two of them share memory.
 
@@ -38,7 +39,7 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-@beartype
+@typed
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str = "the weights") -> None:
     """Copy the weights that `weights_of` returned into a module; dtypes and device of the module do not change.
 

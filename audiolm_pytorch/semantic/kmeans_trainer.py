@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from beartype import beartype
 from torch.utils.data import Dataset
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data import AudioItem, CropDataset, items_digest
 from audiolm_pytorch.data.manifest import DataSource, training_items
 from audiolm_pytorch.nn.kmeans import (
@@ -83,7 +83,7 @@ class KMeansTrainer:
         accelerator: Accelerator whose processes share the encoding; None creates an accelerator.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -93,7 +93,7 @@ class KMeansTrainer:
         folder: DataSource | None = None,
         items: Sequence[AudioItem] | Dataset | None = None,
         results_folder: str | Path = "./results/kmeans",
-        seconds: float | int = 10.0,
+        seconds: float = 10.0,
         max_tokens: int = 1_000_000,
         num_epochs: int = 10,
         seed: int = 0,

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.audio.padding import length_mask
+from audiolm_pytorch.checks.types import typed
 
 __all__ = ["Runs", "deduplicate", "expand"]
 
@@ -28,7 +28,7 @@ class Runs:
     num_tokens: int | None = None
 
 
-@beartype
+@typed
 def deduplicate(ids: Tensor) -> Runs:
     """Merge equal consecutive ids of a `SemanticTokenizer`, `[b, t]`, into runs; `expand` is the inverse.
 
@@ -52,7 +52,7 @@ def deduplicate(ids: Tensor) -> Runs:
     return Runs(run_ids, run_lengths, ids.shape[1])
 
 
-@beartype
+@typed
 def expand(runs: Runs) -> Tensor:
     """Repeat the token of every run by the run length; return ids `[b, t]` int64, -1 at padding.
 

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.padding import checked_lengths
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.nn.module_state import is_traced
 from audiolm_pytorch.saving.fingerprint import digest_of, part_fingerprint
@@ -34,7 +34,7 @@ class KMeansTokenizer(SemanticTokenizer):
         mean: Mean `[d]` of the hidden states; None means 0. The default of the standard deviation `std [d]` is 1.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -101,7 +101,7 @@ class KMeansTokenizer(SemanticTokenizer):
                 f"seq_len_multiple_of={self.seq_len_multiple_of}: {error}"
             ) from error
 
-    @beartype
+    @typed
     @torch.no_grad()
     def forward(self, wave: Tensor, input_sample_hz: int | None = None, lengths: Tensor | None = None) -> Tensor:
         """Tokenize waves; see `SemanticTokenizer`."""

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
+
+from audiolm_pytorch.checks.types import typed
 
 __all__ = [
     "Moments",
@@ -20,7 +21,7 @@ __all__ = [
 ]
 
 
-@beartype
+@typed
 @dataclass(frozen=True)
 class ReceptiveField:
     """Receptive field of convolutions without padding: frame i covers inputs `[i * stride, i * stride + reach)`.
@@ -53,7 +54,7 @@ class ReceptiveField:
         return slice(first * self.stride, (last - 1) * self.stride + self.reach)
 
 
-@beartype
+@typed
 @dataclass(frozen=True)
 class Windows:
     """Window w returns `keep` frames from frame `w * keep`, and also encodes `context` more frames on each side."""

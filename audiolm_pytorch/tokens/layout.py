@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.tokens.patterns import EMPTY, PATTERNS, CellTable, cell_table
 from audiolm_pytorch.tokens.streams import Grid, PackedTokens, Stream, checked_streams, frame_counts, number_ids
 
@@ -45,7 +45,7 @@ class TokenLayout:
         null_id: Id of the null token; None if every stream has a frame rate.
     """
 
-    @beartype
+    @typed
     def __init__(self, streams: Sequence[Stream], pattern: str = "flat") -> None:
         self.streams = tuple(streams)
         self.pattern = pattern
@@ -103,7 +103,7 @@ class TokenLayout:
         """Build a layout from the result of `to_dict`."""
         return cls([Stream.from_dict(stream) for stream in data["streams"]], data["pattern"])
 
-    @beartype
+    @typed
     def table(self, num_frames: Mapping[str, int], ends: bool = False) -> CellTable:
         """Return the id range and the frame of each token in the rows and columns, for streams of `num_frames` frames.
 
@@ -113,7 +113,7 @@ class TokenLayout:
         counts = frame_counts(self.streams, num_frames, 1)[0].tolist()
         return cell_table(self.streams, self.pattern, tuple(counts), ends)
 
-    @beartype
+    @typed
     def pack(
         self,
         streams: Mapping[str, Tensor],
@@ -132,7 +132,7 @@ class TokenLayout:
             raise ValueError(f"ends must be bool [{len(counts)}], one value per item, got shape {tuple(ends.shape)}")
         return self._fill(tokens, *self._stacked_tables(counts, ends))
 
-    @beartype
+    @typed
     def grid(
         self,
         streams: Mapping[str, Tensor],
@@ -174,7 +174,7 @@ class TokenLayout:
             num_frames={name: requested[:, index] for index, name in enumerate(self._names)},
         )
 
-    @beartype
+    @typed
     def unpack(
         self, ids: Tensor, num_frames: Mapping[str, int | Tensor], names: Sequence[str] | None = None
     ) -> dict[str, Tensor]:
@@ -217,7 +217,7 @@ class TokenLayout:
                 tokens[item, frame[item, row, column], source.level] = local[item, row, column]
         return unpacked
 
-    @beartype
+    @typed
     def without_conditions(self, packed: PackedTokens, drop: Tensor) -> PackedTokens:
         """Drop the tokens of conditions (`Stream.is_condition`) in the items where `drop [b]` is True.
 

@@ -6,9 +6,10 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
+
+from audiolm_pytorch.checks.types import typed
 
 __all__ = [
     "exact_rate",
@@ -38,7 +39,7 @@ def exact_rate(rate_hz: float | str | Fraction) -> Fraction:
     raise ValueError(f"rate_hz must be a number like 25, 12.5 or '25/2', got {text:.40}")
 
 
-@beartype
+@typed
 @dataclass(frozen=True)
 class Stream:
     """Description of a token stream: its vocabulary, its levels and its frame rate.

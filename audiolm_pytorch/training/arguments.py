@@ -7,8 +7,6 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
-import numpy as np
-
 __all__ = ["trainer_arguments"]
 
 Class = TypeVar("Class", bound=type)
@@ -49,7 +47,7 @@ _FORMER_NAMES = {
 
 
 def trainer_arguments(settings: type | None = None) -> Callable[[Class], Class]:
-    """Return a class decorator that checks keyword names in the constructor, and converts numpy numbers and lists."""
+    """Return a class decorator that checks keyword names in the constructor."""
 
     def decorate(cls: Class) -> Class:
         init = cls.__init__  # type: ignore[misc]
@@ -63,16 +61,9 @@ def trainer_arguments(settings: type | None = None) -> Callable[[Class], Class]:
                 if name not in known:
                     suggestion = _FORMER_NAMES.get(name) or ", ".join(get_close_matches(name, known) or known)
                     raise TypeError(f"{type(self).__name__} has no argument {name!r}; use {suggestion}")
-            init(self, *map(_plain, args), **{name: _plain(value) for name, value in keywords.items()})
+            init(self, *args, **keywords)
 
         cls.__init__ = checked_init  # type: ignore[misc]
         return cls
 
     return decorate
-
-
-def _plain(value: Any) -> Any:
-    """Convert numpy numbers to Python numbers, and lists to tuples."""
-    if isinstance(value, list | tuple):
-        return tuple(_plain(item) if isinstance(item, np.generic) else item for item in value)
-    return value.item() if isinstance(value, np.generic) else value

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.files import (
     check_digest,
     digest_of_file,
@@ -53,7 +53,7 @@ class CheckpointFolder:
     finds a complete checkpoint. The names `checkpoint` and `checkpoint.*` in the folder are reserved.
     """
 
-    @beartype
+    @typed
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
         self.path = self._folder / "checkpoint"

@@ -5,9 +5,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from beartype import beartype
 from torch import nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.weights import load_weights
 from audiolm_pytorch.training.checkpoint import CheckpointFolder
@@ -44,7 +44,7 @@ class TrainLoop:
         ValueError: If phases share a name or a parameter, or if the Accelerator accumulates gradients or uses fp16.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         task: Task,
@@ -71,7 +71,7 @@ class TrainLoop:
         """Whether the run in the folder has completed all its steps."""
         return (self.folder / "finished.json").is_file()
 
-    @beartype
+    @typed
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
         """Train to the end of the run, or for at most `stop_after_steps` steps, then write a checkpoint.
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from beartype import beartype
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.batches import BatchPlan
 from audiolm_pytorch.saving.files import write_json
 from audiolm_pytorch.saving.text import logger_named, one_line
@@ -52,7 +52,7 @@ class TrainResult:
     metrics: dict[str, float | None] = field(default_factory=dict)
 
 
-@beartype
+@typed
 @dataclass(eq=False)
 class _Progress:
     """Progress of a training run, which a checkpoint stores as JSON."""

@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from beartype import beartype
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.training.arguments import trainer_arguments
 
 __all__ = ["LoopSettings", "LossOutput", "Phase", "Task"]
@@ -30,7 +30,7 @@ ScheduleChoice = LRScheduler | Callable[[Optimizer], LRScheduler]
 
 
 @trainer_arguments()
-@beartype
+@typed
 @dataclass(frozen=True)
 class LoopSettings:
     """Settings of a training run.
@@ -64,19 +64,19 @@ class LoopSettings:
 
     num_train_steps: int
     batch_size: int
-    learning_rate: float | int = 3e-4
+    learning_rate: float = 3e-4
     warmup_steps: int = 100
-    final_lr_fraction: float | int = 0.05
-    weight_decay: float | int = 0.01
-    betas: tuple[float | int, float | int] = (0.9, 0.99)
+    final_lr_fraction: float = 0.05
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
     optimizer: OptimizerChoice | dict[str, OptimizerChoice] | None = None
     schedule: ScheduleChoice | dict[str, ScheduleChoice] | None = None
     grad_accum_every: int = 1
-    max_grad_norm: float | int = 1.0
+    max_grad_norm: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     ema_decay: float | None = None
     seed: int = 0
-    checkpoint_every_seconds: float | int = 120.0
+    checkpoint_every_seconds: float = 120.0
     checkpoint_every_steps: int | None = None
     validate_every: int = 500
     log_every: int = 20

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.manifest import AudioItem, load_items
 from audiolm_pytorch.saving.modules import load_module, register, save_module
 from musiclm_pytorch.evaluation.clip_features import ClipFeatures, FeatureModule
@@ -35,7 +35,7 @@ class AttributeClassifier(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    @beartype
+    @typed
     def __init__(self, *, classes: Mapping[str, Sequence[str]], num_features: int, features: FeatureModule) -> None:
         """Create a classifier without weights; call `fit` before use.
 
@@ -68,7 +68,7 @@ class AttributeClassifier(nn.Module):
         )
 
     @classmethod
-    @beartype
+    @typed
     def fit(
         cls,
         inputs: Tensor,
@@ -129,7 +129,7 @@ class AttributeClassifier(nn.Module):
         }
 
 
-@beartype
+@typed
 def fit_attribute_classifier(
     items: Sequence[AudioItem],
     attributes: Sequence[str],
@@ -145,7 +145,7 @@ def fit_attribute_classifier(
     return AttributeClassifier.fit(torch.cat(parts), labels, features)
 
 
-@beartype
+@typed
 def fitted_classifier(
     manifest: str | Path, attributes: Sequence[str] | None = None, folder: str | Path | None = None
 ) -> AttributeClassifier:

@@ -3,13 +3,13 @@
 from typing import Any
 
 import torch
-from beartype import beartype
 from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.audio.resample import resample
+from audiolm_pytorch.checks.types import typed
 
 __all__ = ["ClipFeatures", "FeatureModule"]
 
@@ -50,14 +50,14 @@ class ClipFeatures(FeatureModule):
     of level), in four frequency regions and in the whole spectrum.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
         sample_hz: int = 16_000,
         num_mels: int = 64,
-        dynamic_range_db: float | int = 30.0,
-        window_seconds: float | int = 5.0,
+        dynamic_range_db: float = 30.0,
+        window_seconds: float = 5.0,
     ) -> None:
         """Create a module that computes features of music clips.
 

@@ -3,18 +3,18 @@
 from collections.abc import Sequence
 
 import torch
-from beartype import beartype
 from torch import Tensor
 from torch.nn import functional as F
 
 from audiolm_pytorch.audio.files import read_audio
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.manifest import AudioItem
 
 __all__ = ["labels_of", "load_clips"]
 
 
-@beartype
-def load_clips(items: Sequence[AudioItem], sample_hz: int, seconds: float | int = 5.0) -> Tensor:
+@typed
+def load_clips(items: Sequence[AudioItem], sample_hz: int, seconds: float = 5.0) -> Tensor:
     """Read the first `seconds` of audio files as one mono batch `[b, n]`; shorter files are padded with silence."""
     if not items:
         raise ValueError("got an empty list of clips; pass at least one clip")
@@ -23,7 +23,7 @@ def load_clips(items: Sequence[AudioItem], sample_hz: int, seconds: float | int 
     return torch.stack([F.pad(wave, (0, num_samples - len(wave))) for wave in waves])
 
 
-@beartype
+@typed
 def labels_of(items: Sequence[AudioItem], name: str) -> list[str]:
     """Return the value of the label called `name` of every item as text; booleans become "yes" and "no"."""
     missing = [item.path for item in items if item.labels.get(name) is None]

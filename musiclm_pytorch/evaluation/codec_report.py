@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.distances import si_sdr_db, stft_distance, zero_mean
 from audiolm_pytorch.codecs.quantizers import code_usage
@@ -56,7 +56,7 @@ def _row(
     return CodecRow(name, len(distances), seconds, **means, kbps=kbps, usage=tuple(usage))
 
 
-@beartype
+@typed
 def distance_row(
     name: str, pairs: Iterable[tuple[Tensor, Tensor]], sample_hz: int, kbps: float | None = None
 ) -> CodecRow:
@@ -68,7 +68,7 @@ def distance_row(
     return _row(name, distances, num_samples / sample_hz, kbps)
 
 
-@beartype
+@typed
 @torch.no_grad()
 def codec_report(
     codec: Codec, clips: Iterable[Tensor], levels: Sequence[int | None] = (None,), name: str = "codec"
@@ -97,7 +97,7 @@ def codec_report(
     ]
 
 
-@beartype
+@typed
 def rows_table(rows: Sequence[CodecRow]) -> str:
     """Format rows of a codec report as a Markdown table, with confidence intervals in brackets."""
     cells = [["", "kbps", "SI-SDR (dB)", "MR-STFT", "mel (nepers)", "codes used (%)"]]

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.audio.resample import resample
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.manifest import AudioItem
 from musiclm_pytorch.evaluation.report import MetricValue
 
@@ -146,7 +146,7 @@ def require_references(clips: ClipSet, real: ClipSet | None, metric: Metric) -> 
     return real, clips.references
 
 
-@beartype
+@typed
 def pair_with(items: Sequence[AudioItem], real: Sequence[AudioItem]) -> list[int] | None:
     """Find the real clip of each clip, by the label `reference` (a file name) or an equal file name, without suffixes.
 
@@ -157,12 +157,12 @@ def pair_with(items: Sequence[AudioItem], real: Sequence[AudioItem]) -> list[int
     return [index[stem] for stem in stems] if all(stem in index for stem in stems) else None
 
 
-@beartype
+@typed
 @torch.no_grad()
 def extract(
     items: Sequence[AudioItem],
     extractors: Sequence[Extractor],
-    seconds: float | int | None = None,
+    seconds: float | None = None,
     announce: Callable[[str], None] = lambda words: None,
 ) -> dict[str, list[Tensor]]:
     """Compute the features of all clips with all extractors; every file is read once.
@@ -193,7 +193,7 @@ def extract(
     return features
 
 
-@beartype
+@typed
 @torch.no_grad()
 def extract_waves(waves: Tensor, sample_hz: int, extractors: Sequence[Extractor]) -> dict[str, list[Tensor]]:
     """Compute the features of clips `[b, n]` in memory; see `extract`."""
@@ -219,7 +219,7 @@ def _check_length(item: AudioItem, waves: Tensor, extractor: Extractor) -> None:
         raise ValueError(f"{item.path}: has {got:.2f} s, {extractor.name} needs at least {extractor.min_seconds} s")
 
 
-@beartype
+@typed
 def evaluate(
     metrics: Sequence[Metric],
     generated: Sequence[ClipSet],

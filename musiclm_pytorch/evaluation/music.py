@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from beartype import beartype
-
+from audiolm_pytorch.checks.types import typed
 from musiclm_pytorch.evaluation.classifier import AttributeClassifier
 from musiclm_pytorch.evaluation.joint_embedder import JointEmbedder
 from musiclm_pytorch.evaluation.metric import Metric
@@ -26,7 +25,7 @@ from musiclm_pytorch.evaluation.report import MetricValue, aligned_table
 __all__ = ["comparison_table", "music_metrics", "name_parts"]
 
 
-@beartype
+@typed
 def music_metrics(
     *,
     joint: Sequence[JointEmbedder] = (),
@@ -56,14 +55,14 @@ def music_metrics(
     return metrics if tokens is None else [*metrics, Memorisation(tokens)]
 
 
-@beartype
+@typed
 def name_parts(value: MetricValue) -> tuple[str, str]:
     """Divide the name `metric / set / measure` of a value into `metric / measure` and the set."""
     metric, clips, *measure = value.name.split(" / ")
     return " / ".join([metric, *measure]), clips
 
 
-@beartype
+@typed
 def comparison_table(values: Sequence[MetricValue]) -> str:
     """Format values as a Markdown table with a row per measure and a column per set of clips.
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from audiolm_pytorch.audio.mel import mel_edges, triangular_filters
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from audiolm_pytorch.saving.modules import load_module, register
 from musiclm_pytorch.evaluation.metric import Extractor
@@ -68,7 +68,7 @@ class MusicNN(nn.Module):
 
     filters: Tensor
 
-    @beartype
+    @typed
     def __init__(self, *, tags: Sequence[str]) -> None:
         super().__init__()
         self.tags = list(tags)
@@ -124,7 +124,7 @@ class MusicNN(nn.Module):
         return embeddings.unflatten(0, windows.shape[:2]), tags.unflatten(0, windows.shape[:2])
 
     @classmethod
-    @beartype
+    @typed
     def from_published(cls, arrays: Mapping[str, Tensor], tags: Sequence[str]) -> "MusicNN":
         """Build the network from the arrays of the published TensorFlow checkpoint, with their names and layouts."""
         network = cls(tags=tags)
@@ -168,7 +168,7 @@ class MusicNNExtractor(Extractor):
     # The reflection at the ends of the wave needs more samples than half a Fourier transform.
     min_seconds = 0.05
 
-    @beartype
+    @typed
     def __init__(self, network: MusicNN | None = None) -> None:
         self.network = bundled_musicnn() if network is None else network
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.audio.mel import MelSpectrogram
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.files import staged_files
 from musiclm_pytorch.evaluation.report import MetricValue
 
@@ -50,7 +50,7 @@ def _title_line(text: str) -> str:
     return " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split())[:90]
 
 
-@beartype
+@typed
 def plot_wave(wave: Tensor, sample_hz: int, path: str | Path, title: str = "") -> None:
     """Plot a wave `[n]` in [-1, 1] and its log-mel spectrogram into an image file (.png, .svg, .pdf or .jpg)."""
     figure = _new_figure((9, 5))
@@ -68,7 +68,7 @@ def plot_wave(wave: Tensor, sample_hz: int, path: str | Path, title: str = "") -
     _write_figure(figure, path)
 
 
-@beartype
+@typed
 def plot_similarities(
     cosines: Tensor, text_classes: list[str], clip_classes: list[str], path: str | Path, title: str = ""
 ) -> None:
@@ -84,7 +84,7 @@ def plot_similarities(
     _write_figure(figure, path)
 
 
-@beartype
+@typed
 def plot_metrics(values: Sequence[MetricValue], path: str | Path) -> None:
     """Plot values named `metric / set / measure` into an image file, one panel a measure, one line a set of clips.
 

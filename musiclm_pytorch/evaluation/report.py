@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from beartype import beartype
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.files import staged_files, write_json
 
 __all__ = [
@@ -28,7 +28,7 @@ BOOTSTRAP_ROUNDS = 1000
 Statistic = Callable[[np.ndarray], float]
 
 
-@beartype
+@typed
 def bootstrap_interval(
     statistic: Statistic, count: int, rounds: int = BOOTSTRAP_ROUNDS, seed: int = 0
 ) -> tuple[float, float]:
@@ -62,7 +62,7 @@ class MetricValue:
     note: str = ""
 
     @classmethod
-    @beartype
+    @typed
     def measured(
         cls,
         name: str,
@@ -77,7 +77,7 @@ class MetricValue:
         return cls(name, float(statistic(np.arange(count))), low, high, chance, count, note)
 
     @classmethod
-    @beartype
+    @typed
     def mean(
         cls, name: str, values: Sequence[float] | np.ndarray, chance: float | None = None, note: str = ""
     ) -> "MetricValue":
@@ -91,7 +91,7 @@ class MetricValue:
         return f"{value} [{low}, {high}]"
 
 
-@beartype
+@typed
 def accuracy_statistic(truth: Sequence[str], answers: Sequence[str], balanced: bool = False) -> Statistic:
     """Build a function that receives indices of items and returns the accuracy of the answers for these items.
 
@@ -112,7 +112,7 @@ def accuracy_statistic(truth: Sequence[str], answers: Sequence[str], balanced: b
     return statistic
 
 
-@beartype
+@typed
 def accuracy_metric(
     name: str,
     truth: Sequence[str],
@@ -127,7 +127,7 @@ def accuracy_metric(
     return MetricValue.measured(name, statistic, len(truth), chance=chance, note=note)
 
 
-@beartype
+@typed
 def aligned_table(cells: Sequence[Sequence[str]]) -> str:
     """Format rows of cells as a Markdown table with aligned columns; the first row is the header."""
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -136,7 +136,7 @@ def aligned_table(cells: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
 
 
-@beartype
+@typed
 def markdown_table(metrics: Sequence[MetricValue]) -> str:
     """Format metrics as a Markdown table with one line per metric."""
     cells = [["metric", "value", "95% interval", "chance", "n", "note"]]
@@ -151,7 +151,7 @@ def _three_digits(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
-@beartype
+@typed
 def write_report(
     path: str | Path, metrics: Sequence[MetricValue], settings: dict[str, Any], table: str | None = None
 ) -> None:

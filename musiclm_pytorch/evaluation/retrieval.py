@@ -6,9 +6,9 @@ from math import comb
 
 import numpy as np
 import torch
-from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from musiclm_pytorch.evaluation.report import MetricValue
 
 __all__ = ["Retrieval", "different_captions", "retrieval"]
@@ -57,7 +57,7 @@ class Retrieval:
         return float(np.mean((harmonic + remaining * (n - harmonic)) / n))
 
 
-@beartype
+@typed
 def different_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
     """List every different caption once, and mark the clips that each caption describes.
 
@@ -72,7 +72,7 @@ def different_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], Te
     return unique, relevant
 
 
-@beartype
+@typed
 def retrieval(similarities: Tensor, relevant: Tensor) -> Retrieval:
     """Rank the candidates of each query by similarity, the most similar candidate first.
 

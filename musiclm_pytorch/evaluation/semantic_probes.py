@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from beartype import beartype
 from torch import Tensor
 from torch.nn import functional as F
 
 from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.audio.mel import MelSpectrogram
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.manifest import AudioItem, load_split
 from audiolm_pytorch.nn.module_state import device_of, eval_mode
 from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
@@ -64,7 +64,7 @@ class Features:
     num_tokens: int | None = None
 
 
-@beartype
+@typed
 def load_probe_clips(data: str | Path, min_seconds: float, limit: int, seed: int = 0) -> ProbeClips:
     """Select up to `limit` random training clips and `limit` test clips of `min_seconds` or more (see `load_split`)."""
     rng = Random(seed)
@@ -74,7 +74,7 @@ def load_probe_clips(data: str | Path, min_seconds: float, limit: int, seed: int
     return ProbeClips(train, test)
 
 
-@beartype
+@typed
 def evaluate_semantic(
     clips: ProbeClips,
     labels: Sequence[str],
@@ -175,7 +175,7 @@ def _features(
     return Features(name, train, test, hop_samples / sample_hz, num_tokens)
 
 
-@beartype
+@typed
 def kmeans_features(features: Features, num_clusters: int, seed: int = 0) -> Features:
     """Replace frames by cluster ids of a k-means model that is fitted to standardised frames of the training clips."""
     from sklearn.cluster import MiniBatchKMeans
@@ -195,7 +195,7 @@ def kmeans_features(features: Features, num_clusters: int, seed: int = 0) -> Fea
     return Features(name, train, test, features.seconds_per_frame, num_clusters)
 
 
-@beartype
+@typed
 def probe(features: Features, clips: ProbeClips, label: str) -> MetricValue:
     """Train a linear classifier of a label on the training clips, and measure its accuracy on the held-out clips.
 
@@ -255,7 +255,7 @@ def _examples(
     return np.concatenate(inputs[1:] or inputs), np.array(truth), np.array(clip_index, dtype=int)
 
 
-@beartype
+@typed
 def event_classes(events: Sequence[Any], num_frames: int, seconds_per_frame: float) -> np.ndarray:
     """Return the name `[f]` of the event at the middle of each frame, or "" for a frame without an event.
 
@@ -271,7 +271,7 @@ def event_classes(events: Sequence[Any], num_frames: int, seconds_per_frame: flo
     return classes
 
 
-@beartype
+@typed
 def probe_table(metrics: Sequence[MetricValue]) -> str:
     """Format probe accuracies in percent as a Markdown table, with a row per feature set and a column per label."""
     names = [metric.name.split(" / ", 1) for metric in metrics]

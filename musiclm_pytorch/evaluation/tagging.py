@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.captions import is_encodable
 from audiolm_pytorch.data.manifest import AudioItem
 from musiclm_pytorch.evaluation.report import MetricValue, accuracy_metric
@@ -60,7 +60,7 @@ class TagTest:
     truth: Tensor
 
 
-@beartype
+@typed
 def tag_labels(items: Sequence[AudioItem]) -> dict[str, list[str | None]]:
     """Find the labels that can be used for tagging: texts or booleans with few values, each shared by several clips.
 
@@ -92,7 +92,7 @@ def _values_of(items: Sequence[AudioItem], name: str) -> list[str | None] | None
     return values
 
 
-@beartype
+@typed
 def tag_prompts(label: str, values: Sequence[str]) -> list[str]:
     """Write a text prompt for each value of a label (see `tag_labels`).
 
@@ -105,7 +105,7 @@ def tag_prompts(label: str, values: Sequence[str]) -> list[str]:
     return [fixed.get(value) or template.replace("{value}", value.replace("_", " ")) for value in values]
 
 
-@beartype
+@typed
 def tag_tests(items: Sequence[AudioItem]) -> list[TagTest]:
     """Build a classification task for every label that can be used for tagging, with classes in alphabetical order."""
     tests = []
@@ -116,7 +116,7 @@ def tag_tests(items: Sequence[AudioItem]) -> list[TagTest]:
     return tests
 
 
-@beartype
+@typed
 def tag_scores(similarities: Tensor, truth: Tensor) -> TagScores:
     """Compute scores from the similarities `[n, classes]` of clips and the prompts of one label.
 
@@ -129,7 +129,7 @@ def tag_scores(similarities: Tensor, truth: Tensor) -> TagScores:
     return TagScores(auc=_class_mean(roc_auc_score, scores, classes), balanced_accuracy=float(recall))
 
 
-@beartype
+@typed
 def tag_metrics(name: str, similarities: Tensor, truth: Tensor) -> list[MetricValue]:
     """Compute AUC, average precision and balanced accuracy as metrics; see `tag_scores` for the arguments."""
     from sklearn.metrics import average_precision_score, roc_auc_score

@@ -5,12 +5,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.padding import checked_lengths, length_mask
 from audiolm_pytorch.audio.waves import mono_waves
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.positions import WavePositionBias
 from audiolm_pytorch.nn.transformer import build_encoder
@@ -45,7 +45,7 @@ class AudioSpectrogramTransformer(SavedModule):
         position_waves: Number of waves per head in the attention bias (`WavePositionBias`); 0 = no bias.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -60,13 +60,13 @@ class AudioSpectrogramTransformer(SavedModule):
         spec_n_fft: int | None = None,
         spec_win_length: int | None = None,
         spec_hop_length: int | None = None,
-        spec_aug_stretch_factor: float | int = 1.0,
-        spec_aug_freq_mask: float | int = 0.0,
-        spec_aug_time_mask: float | int = 0.0,
-        patch_dropout: float | int = 0.0,
+        spec_aug_stretch_factor: float = 1.0,
+        spec_aug_freq_mask: float = 0.0,
+        spec_aug_time_mask: float = 0.0,
+        patch_dropout: float = 0.0,
         position_waves: int = 8,
         ff_mult: int = 4,
-        dropout: float | int = 0.0,
+        dropout: float = 0.0,
     ) -> None:
         self.config = constructor_arguments(locals())
         super().__init__()
@@ -98,7 +98,7 @@ class AudioSpectrogramTransformer(SavedModule):
         """
         return self.embed_layers(wavs, lengths, layers=(self.depth,))[0]
 
-    @beartype
+    @typed
     def embed_layers(self, wavs: Tensor, lengths: Tensor | None = None, *, layers: Sequence[int]) -> Tensor:
         """Embed clips as the mean over the patches in each of `l` layers, `[l, b, dim]` float32, not of unit norm.
 

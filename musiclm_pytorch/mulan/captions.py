@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from beartype import beartype
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.captions import is_encodable, texts_in
 from audiolm_pytorch.data.manifest import AudioItem, captions_of
 
@@ -27,7 +27,7 @@ _SENTENCE_ENDS, _PART_ENDS = ".!?", ",;"
 _TEXT_STREAM = 0x776F7264
 
 
-@beartype
+@typed
 def aspects_of(item: AudioItem) -> list[str]:
     """List the different aspects of an item (e.g. "slow tempo", "piano") in its labels `aspects` and `aspect_list`.
 
@@ -43,13 +43,13 @@ def aspects_of(item: AudioItem) -> list[str]:
     return list(dict.fromkeys(aspects))
 
 
-@beartype
+@typed
 def texts_of(item: AudioItem) -> list[str]:
     """Return the captions of an item; without captions, return one text with all aspects, or an empty list."""
     return captions_of(item) or texts_in(", ".join(aspects_of(item)))
 
 
-@beartype
+@typed
 def hard_negatives_of(item: AudioItem) -> list[str]:
     """Return the texts in the label `hard_negatives`: captions that differ from a true caption in one attribute."""
     try:
@@ -58,7 +58,7 @@ def hard_negatives_of(item: AudioItem) -> list[str]:
         raise ValueError(f"{item.path}: label 'hard_negatives': {error}") from error
 
 
-@beartype
+@typed
 def parse_aspects(text: str) -> list[str]:
     """Parse a list in JSON or Python syntax (`['slow tempo', "children's song"]`), or texts separated by commas.
 
@@ -90,7 +90,7 @@ def _list_entries(text: str) -> list[Any]:
         return [None]
 
 
-@beartype
+@typed
 @dataclass(frozen=True, kw_only=True)
 class CaptionSampler:
     """Selects the texts of a clip for an epoch, depending only on the seed, the epoch and the index of the clip.
@@ -106,8 +106,8 @@ class CaptionSampler:
     """
 
     captions_per_clip: int = 1
-    aspect_prob: float | int = 0.5
-    caption_dropout: float | int = 0.0
+    aspect_prob: float = 0.5
+    caption_dropout: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:

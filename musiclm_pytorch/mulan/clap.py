@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.mel import mel_edges, triangular_filters
 from audiolm_pytorch.audio.padding import items_by_length
 from audiolm_pytorch.audio.waves import mono_waves
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.published_text import PublishedText, tokenizer_of
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.nn.module_state import device_of
@@ -99,13 +99,13 @@ class ClapMuLaN(JointEmbedding):
         allow_noncommercial: Whether to load weights with a non-commercial licence.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         source: str | Path | LoadedModel,
         *,
         tokenizer: TextTokenizer | None = None,
-        window_stride_seconds: float | int = 1.0,
+        window_stride_seconds: float = 1.0,
         offline: bool = False,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
@@ -168,7 +168,7 @@ class ClapMuLaN(JointEmbedding):
         """Keep the model in eval mode, since its normalisation layers use batch statistics in training mode."""
         return super().train(False)
 
-    @beartype
+    @typed
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
         """Return token ids `[b, t]` int64 of texts, -1 past the end; token ids as input are checked and returned."""
         return self._text.tokenize(texts)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from beartype import beartype
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from audiolm_pytorch.audio.files import read_audio
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.manifest import AudioItem, load_items
 from audiolm_pytorch.nn.module_state import device_of
 from musiclm_pytorch.evaluation.report import MetricValue, accuracy_metric
@@ -51,7 +51,7 @@ class EmbeddedClips:
     prompted: list[Tensor]
 
 
-@beartype
+@typed
 def held_out_items(data: str | Path, limit: int | None = None, seed: int = 0) -> list[AudioItem]:
     """Load at most `limit` random clips for evaluation, in the order of their manifest.
 
@@ -69,7 +69,7 @@ def held_out_items(data: str | Path, limit: int | None = None, seed: int = 0) ->
     return items
 
 
-@beartype
+@typed
 @torch.no_grad()
 def embed_clips(
     mulan: JointEmbedding, items: Sequence[AudioItem], announce: Callable[[str], None] = lambda words: None
@@ -99,7 +99,7 @@ def embed_clips(
 
 
 @torch.no_grad()
-@beartype
+@typed
 def zero_shot_similarities(mulan: JointEmbedding, audio_latents: Tensor, prompts: Sequence[str]) -> Tensor:
     """Compute cosines `[n, classes]` between clip latents `[n, d]` of unit norm and text prompts."""
     texts = mulan.get_text_latents(list(prompts))
@@ -121,7 +121,7 @@ def _embed_audio(mulan: JointEmbedding, items: Sequence[AudioItem]) -> Tensor:
     return latents
 
 
-@beartype
+@typed
 def joint_embedding_metrics(clips: EmbeddedClips) -> list[MetricValue]:
     """Measure retrieval, zero-shot tagging, and how often the best clip for a caption has the right label."""
     described = clips.relevant.any(dim=0)
@@ -135,7 +135,7 @@ def joint_embedding_metrics(clips: EmbeddedClips) -> list[MetricValue]:
     return metrics
 
 
-@beartype
+@typed
 def text_classes(truth: Tensor, relevant: Tensor) -> Tensor:
     """Return the common class `[t]` of the clips that each text describes, or -1 if they have no common class.
 
@@ -146,7 +146,7 @@ def text_classes(truth: Tensor, relevant: Tensor) -> Tensor:
     return torch.where(highest == lowest, highest, -1)
 
 
-@beartype
+@typed
 def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: Sequence[TagTest]) -> list[MetricValue]:
     """Measure for each label how often the clip most similar to a caption has the right class (balanced accuracy).
 
@@ -170,7 +170,7 @@ def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: S
     return metrics
 
 
-@beartype
+@typed
 def ordered_similarities(clips: EmbeddedClips, label: str | None = None) -> tuple[Tensor, list[str], list[str]]:
     """Order texts and clips by a label (default: the label of the first test); matches form a diagonal in the plot.
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
-from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.batches import collate_crops
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.nn.module_state import device_of
@@ -28,7 +28,7 @@ class HeldOutClips:
     (see `tag_labels`). A batch has at most `max_batch` clips or captions.
     """
 
-    @beartype
+    @typed
     def __init__(self, dataset: CropDataset, *, labels: Sequence[str] | None = None, max_batch: int = 32) -> None:
         self.dataset, self.max_batch = dataset, max_batch
         # A caption of several clips is one query with several correct results.
@@ -47,7 +47,7 @@ class HeldOutClips:
         return chance
 
     @torch.no_grad()
-    @beartype
+    @typed
     def measure(self, mulan: JointEmbedding) -> dict[str, float]:
         """Compute the retrieval and tagging metrics of a model in eval mode.
 

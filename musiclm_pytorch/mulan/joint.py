@@ -6,12 +6,12 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.audio.padding import checked_lengths
 from audiolm_pytorch.audio.units import samples_in
 from audiolm_pytorch.audio.waves import mono_waves
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.modules import SavedModule
 
 __all__ = ["JointEmbedding", "average_latents"]
@@ -32,14 +32,14 @@ class JointEmbedding(SavedModule, ABC):
     # Below a model, a finished run, and a run whose MuLaN is trained.
     subfolders = ("", "quantizer", "model/quantizer", "mulan/model", "mulan", "model")
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
         dim_latent: int,
         sample_hz: int,
-        window_seconds: float | int = 10.0,
-        window_stride_seconds: float | int = 1.0,
+        window_seconds: float = 10.0,
+        window_stride_seconds: float = 1.0,
     ) -> None:
         super().__init__()
         if dim_latent < 1 or window_seconds <= 0 or window_stride_seconds <= 0:
@@ -67,7 +67,7 @@ class JointEmbedding(SavedModule, ABC):
         An empty text raises a ValueError.
         """
 
-    @beartype
+    @typed
     def window_latents(self, wav: Tensor, *, max_batch: int = 32) -> Tensor:
         """Embed every window of one recording `[n]` as `[w, dim_latent]` of unit norm, `max_batch` windows at a time.
 
@@ -82,7 +82,7 @@ class JointEmbedding(SavedModule, ABC):
         windows = wav.unfold(0, self.window_samples, self.window_stride_samples)
         return torch.cat([self.get_audio_latents(part) for part in windows.split(max_batch)])
 
-    @beartype
+    @typed
     def get_long_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Embed recordings `[b, n]` of any length as the average over their windows; see `get_audio_latents`."""
         wavs = mono_waves(wavs, lengths, name="wavs")

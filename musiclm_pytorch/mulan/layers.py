@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from beartype import beartype
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.module_state import is_traced
 from audiolm_pytorch.nn.transformer import Transformer
 
@@ -40,7 +40,7 @@ def pooled_layers(
     return token_means(states, mask)
 
 
-@beartype
+@typed
 @dataclass(frozen=True)
 class LayerContrast:
     """Settings of contrastive losses between inner layers of both towers (ViCHA, arXiv:2208.13628).
@@ -51,7 +51,7 @@ class LayerContrast:
     """
 
     layers: tuple[tuple[int, int], ...] = ((2, 2), (4, 4))
-    weight: float | int = 1.0
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.layers or min(map(min, self.layers)) < 0 or not self.weight > 0:

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.modules import SavedModule, register
 from musiclm_pytorch.mulan.distributed import gather_batch, gather_counts, own_rank
 
@@ -42,7 +42,7 @@ class ContrastiveLoss(SavedModule, ABC):
     temperature is limited to the range from `min_temperature` to `1 / min_temperature`.
     """
 
-    @beartype
+    @typed
     def __init__(self, init_temperature: float = 0.1, min_temperature: float = 0.01) -> None:
         super().__init__()
         if not 0 < min_temperature <= init_temperature < math.inf:
@@ -61,7 +61,7 @@ class ContrastiveLoss(SavedModule, ABC):
         # The gradient ignores the bounds, so that the temperature can leave them again.
         return (self.log_temperature + (bounded - self.log_temperature).detach()).exp()
 
-    @beartype
+    @typed
     def forward(
         self,
         audio_latents: Tensor,
@@ -158,7 +158,7 @@ class SoftmaxContrastiveLearning(ContrastiveLoss):
             small batches; if True, a clip or text without non-matching pairs has loss 0.
     """
 
-    @beartype
+    @typed
     def __init__(
         self, init_temperature: float = 0.1, min_temperature: float = 0.01, *, decoupled: bool = False
     ) -> None:
@@ -201,7 +201,7 @@ class SigmoidContrastiveLearning(ContrastiveLoss):
         init_bias: Initial value of the learned bias; -10 in SigLIP, since almost all pairs do not match.
     """
 
-    @beartype
+    @typed
     def __init__(
         self, init_temperature: float = 0.1, min_temperature: float = 0.01, *, init_bias: float = -10.0
     ) -> None:

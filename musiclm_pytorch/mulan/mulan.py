@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from audiolm_pytorch.audio.waves import mono_waves
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.modules import build_module, module_spec, register
 from musiclm_pytorch.mulan.audio_tower import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.joint import JointEmbedding
@@ -33,7 +33,7 @@ class MuLaN(JointEmbedding):
         layer_contrast: Contrastive losses between inner layers of the towers; None = only the outputs are trained.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -41,8 +41,8 @@ class MuLaN(JointEmbedding):
         text_transformer: TextTower,
         dim_latent: int = 128,
         loss: nn.Module | None = None,
-        window_seconds: float | int = 10.0,
-        window_stride_seconds: float | int = 1.0,
+        window_seconds: float = 10.0,
+        window_stride_seconds: float = 1.0,
         layer_contrast: LayerContrast | None = None,
     ) -> None:
         super().__init__(
@@ -97,7 +97,7 @@ class MuLaN(JointEmbedding):
             parts["layer_contrast"] = LayerContrast.from_config(config["layer_contrast"])
         return cls(**{**config, **parts})
 
-    @beartype
+    @typed
     def forward(
         self,
         wavs: Tensor,

@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from beartype import beartype
-
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.captions import caption_and_labels
 from audiolm_pytorch.data.folder import scan_folder
 from audiolm_pytorch.data.items import AudioItem, ItemEntry, ItemReport, Rejected
@@ -68,7 +67,7 @@ class MusicCapsItems:
     rejected: list[Rejected]
     missing: list[CaptionedClip]
 
-    @beartype
+    @typed
     def split(self, column: str) -> tuple[list[AudioItem], list[AudioItem]]:
         """Split the items by a boolean column of the table into (items with False, items with True).
 
@@ -83,7 +82,7 @@ class MusicCapsItems:
         return sides
 
 
-@beartype
+@typed
 def musiccaps_items(table: str | Path, clips: str | Path) -> MusicCapsItems:
     """Find the clips of the MusicCaps table in a folder; raise a ValueError if no clip can be used.
 
@@ -150,7 +149,7 @@ def _without_whole_videos(report: ItemReport, clips: Path) -> tuple[list[AudioIt
     return items, [*report.rejected, *whole]
 
 
-@beartype
+@typed
 def read_musiccaps(table: str | Path) -> list[CaptionedClip]:
     """Read a CSV table with the columns `ytid`, `start_s`, `end_s`, `aspect_list`, `caption` and possibly others.
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.published_text import TEXT_MODELS, PublishedTextEncoder
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.nn.module_state import device_of
@@ -29,7 +29,7 @@ class TransformersTextEncoder(PublishedTextEncoder, TextTower):
 
     published = dict.fromkeys(TEXT_MODELS, "TransformersTextEncoder")
 
-    @beartype
+    @typed
     def __init__(
         self,
         source: str | Path | LoadedModel,
@@ -55,7 +55,7 @@ class TransformersTextEncoder(PublishedTextEncoder, TextTower):
         """JSON-able constructor arguments that are saved in addition to the model and its tokenizer."""
         return {"frozen": self.frozen, "max_seq_len": self._text.max_tokens}
 
-    @beartype
+    @typed
     def embed_layers(self, texts: str | Sequence[str] | Tensor, *, layers: Sequence[int]) -> Tensor:
         """Embed texts as the outputs `[l, b, dim]` float32 of l layers; see `TextTower`."""
         if not all(0 <= layer <= self.depth for layer in layers):

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer, ids_of
 from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.transformer import build_encoder
@@ -63,7 +63,7 @@ class TextTransformer(TextTower):
             mostly unknown words; None = no warning.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -104,7 +104,7 @@ class TextTransformer(TextTower):
         """Build a text tower with random weights from `config`."""
         return cls(**{**config, "tokenizer": TextTokenizer.from_json(config["tokenizer"])})
 
-    @beartype
+    @typed
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
         """Return the token ids `[b, t]` int64 of texts, -1 past the end; see `TextTower`."""
         ids = ids_of(texts, self.tokenizer, self.num_tokens, self.max_seq_len)
@@ -112,7 +112,7 @@ class TextTransformer(TextTower):
             self._report_unknown_words([texts] if isinstance(texts, str) else texts)
         return ids
 
-    @beartype
+    @typed
     def embed_layers(self, texts: str | Sequence[str] | Tensor, *, layers: Sequence[int]) -> Tensor:
         """Embed texts as the outputs `[l, b, dim]` float32 of l layers; see `TextTower`."""
         ids = self.tokenize(texts).to(self.embedding.weight.device)
@@ -134,7 +134,7 @@ class TextTransformer(TextTower):
             )
 
 
-@beartype
+@typed
 def words_of(captions: Iterable[str], limit: int = 50_000) -> list[str]:
     """List the `limit` most frequent words of captions, case-folded and sorted, for `TextTransformer.known_words`."""
     if limit < 1:

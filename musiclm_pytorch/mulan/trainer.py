@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from beartype import beartype
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.batches import collate_crops
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.data.items import AudioItem, items_digest
@@ -47,14 +47,14 @@ class MuLaNTask:
 
     name = "mulan"
 
-    @beartype
+    @typed
     def __init__(
         self,
         mulan: JointEmbedding,
         train_items: Sequence[AudioItem],
         valid_items: Sequence[AudioItem],
         *,
-        seconds: float | int,
+        seconds: float,
         batch_size: int,
         captions: CaptionSampler,
         chunk_size: int | None,
@@ -175,7 +175,7 @@ class MuLaNTrainer:
         **settings: Further fields of `LoopSettings`.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -184,11 +184,11 @@ class MuLaNTrainer:
         items: AudioSplit | Dataset | None = None,
         batch_size: int,
         num_train_steps: int,
-        seconds: float | int = 10.0,
+        seconds: float = 10.0,
         captions: CaptionSampler | None = None,
         chunk_size: int | None = None,
         labels: Sequence[str] | None = None,
-        valid_fraction: float | int = 0.05,
+        valid_fraction: float = 0.05,
         results_folder: str | Path = "./results/mulan",
         accelerator: "accelerate.Accelerator | None" = None,
         cache_bytes: int = 2**30,
@@ -215,7 +215,7 @@ class MuLaNTrainer:
         self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator, self.watch)
         _add_known_words(mulan, train_items)
 
-    @beartype
+    @typed
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
         """Train from the last checkpoint to the end, or for at most `stop_after_steps` steps.
 

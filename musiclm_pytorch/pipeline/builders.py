@@ -5,9 +5,9 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from beartype import beartype
 
 from audiolm_pytorch.audio.units import exact_div, samples_in
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs import Codec, SoundStream, SpectralSoundStream
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
@@ -40,7 +40,7 @@ _SPAN_SECONDS, _SPANS_PER_SECOND = 0.16, 3.75
 _TARGET_REACH_SECONDS = 0.16
 
 
-@beartype
+@typed
 def build_codec(preset: Preset) -> SoundStream:
     """Build the codec."""
     c = preset.codec
@@ -49,7 +49,7 @@ def build_codec(preset: Preset) -> SoundStream:
     return SpectralSoundStream(target_sample_hz=c.sample_hz, hop_samples=c.hop_samples, **sizes, **codes)
 
 
-@beartype
+@typed
 def build_semantic_encoder(preset: Preset) -> BestRQEncoder:
     """Build the semantic encoder; 10 ms must be a whole number of samples, and a token must last 10, 20, 30 ... ms."""
     s = preset.semantic_tokenizer
@@ -64,7 +64,7 @@ def build_semantic_encoder(preset: Preset) -> BestRQEncoder:
     )
 
 
-@beartype
+@typed
 def build_semantic_objective(preset: Preset, encoder: BestRQEncoder) -> BestRQ:
     """Build the training objective of the semantic encoder, which is masked prediction (BEST-RQ)."""
     token_hz = preset.semantic_tokenizer.token_hz
@@ -73,7 +73,7 @@ def build_semantic_objective(preset: Preset, encoder: BestRQEncoder) -> BestRQ:
     return BestRQ(encoder, start_prob=_SPANS_PER_SECOND / token_hz, span_tokens=span_tokens, reach_tokens=reach_tokens)
 
 
-@beartype
+@typed
 def build_semantic_tokenizer(preset: Preset) -> KMeansTokenizer:
     """Build a semantic tokenizer with random weights and centroids."""
     s = preset.semantic_tokenizer
@@ -81,7 +81,7 @@ def build_semantic_tokenizer(preset: Preset) -> KMeansTokenizer:
     return KMeansTokenizer(encoder=encoder, layer=s.layer, centroids=torch.randn(s.num_clusters, s.dim))
 
 
-@beartype
+@typed
 def build_mulan(preset: Preset, captions: Sequence[str]) -> MuLaN:
     """Build a MuLaN, and train its text tokenizer on the captions."""
     m = preset.mulan
@@ -100,7 +100,7 @@ def build_mulan(preset: Preset, captions: Sequence[str]) -> MuLaN:
     return MuLaN(audio_transformer=audio, text_transformer=text)
 
 
-@beartype
+@typed
 def build_quantizer(preset: Preset, mulan: JointEmbedding, num_clips: int) -> MuLaNEmbedQuantizer:
     """Build an unfitted quantizer of MuLaN latents; a level has at most one code per training clip (`num_clips`)."""
     return MuLaNEmbedQuantizer(
@@ -112,7 +112,7 @@ def build_quantizer(preset: Preset, mulan: JointEmbedding, num_clips: int) -> Mu
     )
 
 
-@beartype
+@typed
 def build_stage(preset: Preset, stage: str, *, codec: Codec, tokenizer: SemanticTokenizer) -> StageTransformer:
     """Build the language model of a stage ("semantic", "coarse" or "fine").
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.saving.construction import preserve_rng
@@ -49,7 +49,7 @@ class StepEstimate:
     seconds: float = 0.0
 
 
-@beartype
+@typed
 def estimate(pipeline: Pipeline, step: str = "all", device: str | None = None) -> str:
     """Estimate the cost of one pipeline step, or of all steps, and return a table as text.
 
@@ -74,7 +74,7 @@ def estimate(pipeline: Pipeline, step: str = "all", device: str | None = None) -
     return "\n".join(lines)
 
 
-@beartype
+@typed
 def estimate_steps(pipeline: Pipeline, step: str = "all", device: str | None = None) -> list[StepEstimate]:
     """Estimate the cost of one pipeline step, or of all steps, from a few timed training steps; no file is written."""
     check_step(step)

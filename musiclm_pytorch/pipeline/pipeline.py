@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from beartype import beartype
 from torch import nn
 
 from audiolm_pytorch.audio.files import peak_safe, write_audio
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.data.items import items_digest
 from audiolm_pytorch.data.manifest import captions_of, training_items
@@ -80,7 +80,7 @@ class StepReport:
     summary: str
 
 
-@beartype
+@typed
 def check_step(step: str) -> None:
     """Check that `step` is "all" or the name of a pipeline step."""
     if step != "all" and step not in STEPS:
@@ -103,7 +103,7 @@ class Pipeline:
             Unfinished steps continue with the new settings; finished steps are not repeated.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         preset: Preset,
@@ -155,7 +155,7 @@ class Pipeline:
                 "'caption' in every line"
             )
 
-    @beartype
+    @typed
     def is_done(self, step: str) -> bool:
         """Whether the result of a step exists."""
         return all(file.is_file() for file in self._files(step))
@@ -166,7 +166,7 @@ class Pipeline:
             return [self.out / step / part / "index.json" for part in ("train", "valid")]
         return [self.out / step / "model" / file for file in ("config.json", "model.safetensors")]
 
-    @beartype
+    @typed
     def run(self, step: str = "all", announce: Callable[[str], None] | None = None) -> Iterator[StepReport]:
         """Run one step, or all steps, and yield a report of each step. Finished steps are not run again.
 
@@ -273,7 +273,7 @@ class Pipeline:
 
     def _report(self, step: str) -> dict[str, Any]:
         file = self.out / step / "report.json"
-        return read_record(file, seconds=float | int, made_from=dict) if file.is_file() else {}
+        return read_record(file, seconds=float, made_from=dict) if file.is_file() else {}
 
     def _hashes(self, steps: Iterable[str]) -> dict[str, str]:
         """Hash the result files of each of the finished steps."""
@@ -339,7 +339,7 @@ class Pipeline:
         self._save("quantizer", quantizer, frozen=quantizer.mulan)
         return {f"fitted.{name}": value for name, value in report.metrics.items()}
 
-    @beartype
+    @typed
     def tokens(self) -> list[TokenShards]:
         """Return tokens and MuLaN latents of the training files and the held-out files, computed where missing."""
         models = {
@@ -379,7 +379,7 @@ class Pipeline:
         """Train to the last step; return the last metrics, with the time of interrupted runs as `earlier_seconds`."""
         started = time.monotonic()
         result = trainer.train()
-        total = float(read_record(trainer.results_folder / "finished.json", seconds=float | int)["seconds"])
+        total = float(read_record(trainer.results_folder / "finished.json", seconds=float)["seconds"])
         return {**result.metrics, "earlier_seconds": max(0.0, total - (time.monotonic() - started))}
 
     # the model

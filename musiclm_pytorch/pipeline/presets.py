@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from beartype import beartype
+from audiolm_pytorch.checks.types import typed
 
 __all__ = [
     "PRESETS",
@@ -141,8 +141,8 @@ class Preset:
     fine: StageConfig
     num_coarse_quantizers: int
 
-    @beartype
-    def scaled(self, scale: float | int) -> "Preset":
+    @typed
+    def scaled(self, scale: float) -> "Preset":
         """Copy the preset and multiply every number of training steps by `scale`; each result is at least 10 steps."""
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive, got {scale}; use 1 for the full number of steps")
@@ -220,7 +220,7 @@ _SMALL = Preset(
 PRESETS = {preset.name: preset for preset in (_TINY, _SMALL)}
 
 
-@beartype
+@typed
 def preset_named(name: str) -> Preset:
     """Return the preset with this name; raise a ValueError with all preset names for an unknown name."""
     if name not in PRESETS:

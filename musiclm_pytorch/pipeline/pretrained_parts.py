@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from beartype import beartype
 from torch import nn
 
 from audiolm_pytorch.audio.units import frames_inside
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.modules import module_spec
@@ -22,7 +22,7 @@ __all__ = ["PRETRAINED_KINDS", "check_pretrained"]
 PRETRAINED_KINDS: dict[str, Any] = {"codec": Codec, "semantic-tokenizer": SemanticTokenizer, "mulan": JointEmbedding}
 
 
-@beartype
+@typed
 def check_pretrained(preset: Preset, parts: Mapping[str, nn.Module]) -> None:
     """Check that the pretrained module of each step in `parts` can be saved, and that the other steps can use it."""
     for step, module in parts.items():

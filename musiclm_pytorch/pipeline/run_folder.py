@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from beartype import beartype
-
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.files import write_json
 from audiolm_pytorch.training.run_folder import changed_settings, read_record
 
@@ -17,7 +16,7 @@ _FORMAT_VERSION = 1
 RUN_FILE = "run.json"
 
 
-@beartype
+@typed
 def check_run_folder(
     folder: Path, facts: Mapping[str, Any], write: bool = True, allow_changed: Sequence[str] = ()
 ) -> None:
@@ -33,7 +32,7 @@ def check_run_folder(
             write_json(file, facts, sealed=True)
 
 
-@beartype
+@typed
 def hash_of(content: bytes) -> str:
     """Compute a hash of bytes as 16 hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()[:16]

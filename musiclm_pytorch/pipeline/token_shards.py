@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from beartype import beartype
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.data.captions import encode_texts
 from audiolm_pytorch.data.crops import CropDataset
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["compute_tokens"]
 
 
-@beartype
+@typed
 def compute_tokens(
     folder: Path,
     items: Sequence[AudioItem],

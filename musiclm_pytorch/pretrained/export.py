@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.model_folder import read_card
 from audiolm_pytorch.saving.sharing import card_text, write_card
 from musiclm_pytorch.musiclm import MusicLM
@@ -15,7 +15,7 @@ from musiclm_pytorch.pretrained.parts import CARD, read_parts, save_parts
 __all__ = ["export_musiclm"]
 
 
-@beartype
+@typed
 def export_musiclm(run: str | Path, out: str | Path, settings: Mapping[str, Any] | None = None) -> int:
     """Copy the model of the training run or model folder `run` to `out` with fp16 weights; return its size in bytes.
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
 from torch import nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import TextEncoder
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
@@ -45,7 +45,7 @@ _FINGERPRINTED: dict[str, tuple[str, ...]] = {
 }
 
 
-@beartype
+@typed
 def save_parts(
     folder: str | Path, parts: Mapping[str, nn.Module], about: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> list[Path]:
@@ -57,7 +57,7 @@ def save_parts(
     return write_model_folder(folder, CARD, parts, about, dtype, _FINGERPRINTED)
 
 
-@beartype
+@typed
 def read_parts(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the card and the parts of the model in a folder."""
     folder = Path(folder)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import Conditioner, ConditionTensor
 from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.saving.fingerprint import digest_of, part_fingerprint
@@ -43,7 +43,7 @@ class MuLaNEmbedQuantizer(Conditioner):
     text_map: Tensor
     fitted: Tensor
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -137,7 +137,7 @@ class MuLaNEmbedQuantizer(Conditioner):
                 "or a smaller codebook_size"
             )
 
-    @beartype
+    @typed
     @torch.no_grad()
     def fit(
         self,
@@ -176,7 +176,7 @@ class MuLaNEmbedQuantizer(Conditioner):
         self.text_map.copy_(text_map)
         self.fitted.fill_(True)
 
-    @beartype
+    @typed
     @torch.no_grad()
     def codes_from_latents(self, latents: Tensor, modality: Modality = "audio") -> Tensor:
         """Quantize MuLaN latents `[..., d]` of audio or text to codes `[..., q]` int64 in [0, codebook_size).
@@ -196,7 +196,7 @@ class MuLaNEmbedQuantizer(Conditioner):
                 residual = residual - codebook[codes[-1]]
         return torch.stack(codes, dim=-1).view(*latents.shape[:-1], self.num_quantizers).to(latents.device)
 
-    @beartype
+    @typed
     @torch.no_grad()
     def codes(
         self,
@@ -220,7 +220,7 @@ class MuLaNEmbedQuantizer(Conditioner):
                 return self.codes_from_latents(latents, "audio")
         raise ValueError("pass exactly one of wavs, texts and latents")
 
-    @beartype
+    @typed
     def forward(
         self,
         *,
@@ -248,7 +248,7 @@ class MuLaNEmbedQuantizer(Conditioner):
         codes = codes.to(self.codebooks.device).long()
         return table(codes + self.codebook_size * torch.arange(self.num_quantizers, device=codes.device))
 
-    @beartype
+    @typed
     def conditioning(
         self,
         *,

@@ -7,10 +7,10 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from beartype import beartype
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.nn.module_state import device_of
@@ -65,7 +65,7 @@ class QuantizerReport:
         return {**first, "explained": self.explained[-1], "least_usage": min(self.usage), **levels}
 
 
-@beartype
+@typed
 @torch.no_grad()
 def measure_quantizer(
     quantizer: MuLaNEmbedQuantizer,
@@ -101,7 +101,7 @@ def measure_quantizer(
     )
 
 
-@beartype
+@typed
 def fit_quantizer(
     quantizer: MuLaNEmbedQuantizer,
     items: Sequence[AudioItem],

@@ -4,8 +4,9 @@ import math
 from typing import NamedTuple
 
 import torch
-from beartype import beartype
 from torch import Tensor
+
+from audiolm_pytorch.checks.types import typed
 
 __all__ = ["Alignment", "align_texts"]
 
@@ -25,7 +26,7 @@ class Alignment(NamedTuple):
     text_map: Tensor
 
 
-@beartype
+@typed
 def align_texts(audio: Tensor, text: Tensor, clip_index: Tensor) -> Alignment:
     """Learn a map of text latents `[k, d]` to audio latents `[n, d]`; text i describes the audio row `clip_index[i]`.
 

@@ -4,9 +4,9 @@ import warnings
 
 import numpy as np
 import torch
-from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.kmeans import (
     ArrayVectors,
     cluster_epoch,
@@ -24,7 +24,7 @@ _MAX_LLOYD_DISTANCES = 2**24
 _MIN_EPOCHS, _MIN_BATCHES = 4, 200
 
 
-@beartype
+@typed
 def residual_kmeans(points: Tensor, num_levels: int, codebook_size: int, seed: int = 0) -> Tensor:
     """Fit codebooks `[num_levels, codebook_size, d]` float32 by k-means of points and of the residuals of each level.
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import tyro
-from beartype import beartype
 
 from audiolm_pytorch import SoundStream, SoundStreamTrainer
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.quantizers import ResidualQuantizer
 from audiolm_pytorch.codecs.spectral import SpectralDecoder, SpectralEncoder
@@ -48,7 +48,7 @@ _ROUNDS = (
 )
 
 
-@beartype
+@typed
 def build_codec(seed: int = 0, *, magnitude_floor: float = 1e-5) -> SoundStream:
     """Create the codec with random weights, for 16 kHz audio at 50 frames per second and 8 levels of 1024 codes."""
     torch.manual_seed(seed)
@@ -60,7 +60,7 @@ def build_codec(seed: int = 0, *, magnitude_floor: float = 1e-5) -> SoundStream:
     )
 
 
-@beartype
+@typed
 def main(data: tuple[Path, ...], out: Path, start: str | None = None, seed: int = 0, scale: float = 1.0) -> None:
     """Train the codec and save its weights as float16 in the folder OUT/codec_16khz.
 

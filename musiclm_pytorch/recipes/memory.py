@@ -8,12 +8,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from beartype import beartype
+from audiolm_pytorch.checks.types import typed
 
 __all__ = ["peak_bytes", "peak_bytes_of"]
 
 
-@beartype
+@typed
 def peak_bytes() -> int:
     """Return the largest resident memory of this process so far in bytes, including interpreter and libraries."""
     status = Path("/proc/self/status")
@@ -24,7 +24,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-@beartype
+@typed
 def peak_bytes_of(job: Callable[..., Any], *arguments: Any) -> int:
     """Call a function in a new process, and return the largest resident memory of the process in bytes."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:

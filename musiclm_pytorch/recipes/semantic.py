@@ -16,10 +16,10 @@ from random import Random
 
 import torch
 import tyro
-from beartype import beartype
 
 from audiolm_pytorch.audio.files import read_audio, write_audio
 from audiolm_pytorch.audio.units import samples_in
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data import AudioItem
 from audiolm_pytorch.data.manifest import load_items, load_split, manifest_text
 from audiolm_pytorch.saving.modules import save_module
@@ -38,7 +38,7 @@ LAYER, NUM_CLUSTERS = 3, 1024
 FIRST_TRAINING_TAKE = 10
 
 
-@beartype
+@typed
 def is_held_out(item: AudioItem) -> bool:
     """Whether a recording of a spoken digit is held out from training (takes 0 to 9 of each digit and speaker).
 
@@ -53,7 +53,7 @@ def is_held_out(item: AudioItem) -> bool:
     return int(match[1]) < FIRST_TRAINING_TAKE
 
 
-@beartype
+@typed
 def write_probe_manifests(music: Path, speech: Path, out: Path) -> None:
     """Write manifests of the music and the spoken digits for `musiclm evaluate semantic`."""
     train, valid = load_split(music)
@@ -64,14 +64,14 @@ def write_probe_manifests(music: Path, speech: Path, out: Path) -> None:
         (out / f"{name}.jsonl").write_text(manifest_text(items, out), encoding="utf-8")
 
 
-@beartype
+@typed
 def build_encoder(seed: int = 0) -> BestRQEncoder:
     """Create the encoder with random weights, for 16 kHz audio and 25 tokens per second."""
     torch.manual_seed(seed)
     return BestRQEncoder(dim=384, depth=4, heads=6)
 
 
-@beartype
+@typed
 def join_words(
     words: Sequence[AudioItem],
     out: Path,
@@ -114,7 +114,7 @@ def join_words(
     return [replace(item, labels={"speaker": speaker}) for item, speaker in zip(joined, speakers, strict=True)]
 
 
-@beartype
+@typed
 def main(music: Path, speech: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
     """Train the encoder, fit k-means to one layer of the encoder, and save the tokenizer in OUT/semantic_16khz.
 

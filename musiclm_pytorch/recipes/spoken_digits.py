@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from beartype import beartype
 
 from audiolm_pytorch import (
     AudioLM,
@@ -37,6 +36,7 @@ from audiolm_pytorch import (
 )
 from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.audio.units import samples_in
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.training import MEL_ONLY
 from audiolm_pytorch.data import AudioItem
@@ -104,7 +104,7 @@ class Words:
     test: list[AudioItem]
 
 
-@beartype
+@typed
 def split_words(items: Sequence[AudioItem]) -> Words:
     """Split recordings by their takes: 10 to 47 for training, 48 and 49 for validation, and 0 to 9 for test."""
     not_held_out = [item for item in items if not is_held_out(item)]
@@ -122,7 +122,7 @@ def split_words(items: Sequence[AudioItem]) -> Words:
     return words
 
 
-@beartype
+@typed
 def build_stages(codec: Codec, tokenizer: SemanticTokenizer, seed: int = 0) -> dict[str, StageTransformer]:
     """Create unconditional AudioLM stages with random weights, for the tokens of `codec` and `tokenizer`."""
     torch.manual_seed(seed)
@@ -214,7 +214,7 @@ def _train_stages(
         save_module(transformer, out / "model" / name)
 
 
-@beartype
+@typed
 def open_audiolm(folder: str | Path) -> AudioLM:
     """Load the AudioLM in the folder `OUT/model`, in eval mode."""
     parts: dict[str, Any] = {name: load_module(Path(folder) / name) for name in ("codec", *STAGES)}
@@ -224,7 +224,7 @@ def open_audiolm(folder: str | Path) -> AudioLM:
     ).eval()
 
 
-@beartype
+@typed
 def evaluate(audiolm: AudioLM, words: Words, out: Path, seed: int = 0) -> tuple[list[MetricValue], str]:
     """Measure continuations of held-out prompts and unconditional samples with a classifier of spoken words.
 
@@ -273,7 +273,7 @@ def _generate(folder: Path, seconds: int, in_chunks: bool) -> None:
         audiolm.generate(request)
 
 
-@beartype
+@typed
 def memory_metrics(folder: Path, sample_hz: int) -> list[MetricValue]:
     """Measure the peak memory (MiB) of processes that generate 10 s and 60 s, as one wave and as a stream of chunks.
 
@@ -298,7 +298,7 @@ def _memory_metric(name: str, num_bytes: np.ndarray) -> MetricValue:
     return MetricValue(f"memory (MiB) / {name}", middle, low, high, None, len(num_bytes), "median, smallest, largest")
 
 
-@beartype
+@typed
 def main(data: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
     """Train the codec and the stages, measure the AudioLM, and write OUT/metrics.json and OUT/metrics.md.
 

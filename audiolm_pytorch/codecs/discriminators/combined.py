@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.discriminators.base import ScaleOutput
 from audiolm_pytorch.codecs.discriminators.spectral import ComplexSTFTDiscriminator, MultiScaleSTFTDiscriminator
 from audiolm_pytorch.codecs.discriminators.wave import MultiScaleWaveDiscriminator
@@ -18,7 +18,7 @@ __all__ = ["Discriminators", "encodec_discriminators", "soundstream_discriminato
 class Discriminators(SavedModule):
     """Combination of discriminators, each of which returns a list of `ScaleOutput` for waves `[b, c, n]`."""
 
-    @beartype
+    @typed
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
         if not parts:
@@ -35,7 +35,7 @@ class Discriminators(SavedModule):
         return [output for part in self.parts for output in part(wave)]
 
 
-@beartype
+@typed
 def soundstream_discriminators(channels: int = 1, width: int = 32) -> Discriminators:
     """Create discriminators of three wave resolutions and of one complex STFT (SoundStream, arXiv 2107.03312, III-D).
 
@@ -50,7 +50,7 @@ def soundstream_discriminators(channels: int = 1, width: int = 32) -> Discrimina
     return Discriminators([waves, ComplexSTFTDiscriminator(channels=channels, width=width)])
 
 
-@beartype
+@typed
 def encodec_discriminators(channels: int = 1, width: int = 32) -> Discriminators:
     """Create a discriminator of five STFTs with `width` filters per layer (EnCodec, arXiv 2210.13438, section 3.4)."""
     return Discriminators([MultiScaleSTFTDiscriminator(channels=channels, width=width)])

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.discriminators.base import Discriminator, ScaleOutput, leaky_relu_, run_layers
 from audiolm_pytorch.saving.modules import register
 
@@ -34,7 +34,7 @@ class ComplexSTFTDiscriminator(Discriminator):
     residual unit has 16 times as many. The STFT window has a multiple of 128 samples.
     """
 
-    @beartype
+    @typed
     def __init__(
         self, *, channels: int = 1, width: int = 32, window_samples: int = 1024, hop_samples: int = 256
     ) -> None:
@@ -74,7 +74,7 @@ class MultiScaleSTFTDiscriminator(Discriminator):
     `width` is the number of filters per layer. EnCodec doubles the lengths of the STFT windows at 48 kHz.
     """
 
-    @beartype
+    @typed
     def __init__(
         self, *, channels: int = 1, width: int = 32, windows_samples: Sequence[int] = (2048, 1024, 512, 256, 128)
     ) -> None:

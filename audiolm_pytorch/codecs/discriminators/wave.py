@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.discriminators.base import Discriminator, ScaleOutput, run_layers
 from audiolm_pytorch.saving.modules import register
 
@@ -30,7 +30,7 @@ class MultiScaleWaveDiscriminator(Discriminator):
     4, and later layers have up to 64 times as many. The first of the `scales` resolutions is the full resolution.
     """
 
-    @beartype
+    @typed
     def __init__(self, *, channels: int = 1, width: int = 16, scales: int = 3) -> None:
         super().__init__(dict(channels=channels, width=width, scales=scales))
         if channels < 1 or scales < 1 or width < 1 or width % _GROUP_SIZE:

@@ -7,10 +7,10 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.audio.padding import items_by_length
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec, EncodedWave
 from audiolm_pytorch.codecs.pretrained.chunked import chunked_forward
 from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
@@ -176,7 +176,7 @@ class PretrainedLevelsCodec(PretrainedCodec):
     default_source: ClassVar[str]
     default_levels: ClassVar[int | None] = None
 
-    @beartype
+    @typed
     def __init__(
         self,
         source: str | Path | LoadedModel | None = None,

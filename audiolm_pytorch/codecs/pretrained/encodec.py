@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.units import frames_covering
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import EncodedWave
 from audiolm_pytorch.codecs.pretrained.adapter import PretrainedCodec
 from audiolm_pytorch.codecs.pretrained.chunked import FRAMEWISE, apply_chunked, run_layers
@@ -60,12 +60,12 @@ class EncodecWrapper(PretrainedCodec):
         "use_causal_conv", "pad_mode", "trim_right_ratio", "use_conv_shortcut",
     )  # fmt: skip
 
-    @beartype
+    @typed
     def __init__(
         self,
         source: str | Path | LoadedModel = "facebook/encodec_24khz",
         *,
-        bandwidth_kbps: float | int | None = None,
+        bandwidth_kbps: float | None = None,
         codes_only_rms: float = 0.1,
         offline: bool = False,
         revision: str | None = None,

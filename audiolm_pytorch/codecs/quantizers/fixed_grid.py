@@ -6,10 +6,10 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.quantizers.base import ResidualLevels
 from audiolm_pytorch.codecs.quantizers.distributed import distributed_mean
 from audiolm_pytorch.saving.modules import constructor_arguments, register
@@ -72,7 +72,7 @@ class ResidualLookupFreeQuantizer(_GridLevels):
 
     bound = 2.0
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -140,7 +140,7 @@ class ResidualFiniteScalarQuantizer(_GridLevels):
     `codebook_size`, the number of grid points per level, must be a product of numbers from 3 to 8 (see `grid_steps`).
     """
 
-    @beartype
+    @typed
     def __init__(
         self, *, dim: int, codebook_size: int = 1024, num_quantizers: int = 8, level_dropout: float = 0.5
     ) -> None:

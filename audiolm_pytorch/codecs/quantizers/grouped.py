@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.quantizers.base import FrameQuantizer, Quantized, ResidualLevels
 from audiolm_pytorch.codecs.quantizers.fixed_grid import ResidualFiniteScalarQuantizer, ResidualLookupFreeQuantizer
 from audiolm_pytorch.codecs.quantizers.vector import ResidualQuantizer
@@ -24,7 +24,7 @@ class GroupedQuantizer(FrameQuantizer):
     for any q, decode to a coarser version of the frames.
     """
 
-    @beartype
+    @typed
     def __init__(self, *, quantizers: Sequence[ResidualLevels]) -> None:
         super().__init__()
         sizes = sorted({(part.num_quantizers, part.codebook_size) for part in quantizers})
@@ -76,7 +76,7 @@ def _interleave(codes: Sequence[Tensor]) -> Tensor:
     return rearrange(torch.stack(list(codes), dim=-1), "b f l g -> b f (l g)")
 
 
-@beartype
+@typed
 def make_quantizer(
     *,
     dim: int,

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.quantizers.base import ResidualLevels
 from audiolm_pytorch.codecs.quantizers.distributed import distributed_sample, from_first_process, sum_over_processes
 from audiolm_pytorch.nn.kmeans import nearest_centroid
@@ -113,7 +113,7 @@ class ResidualQuantizer(ResidualLevels):
         expected_frames: Number of frames in a training batch; `initialise` sets the sum of use counts to this number.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,

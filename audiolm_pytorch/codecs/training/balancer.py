@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
+
+from audiolm_pytorch.checks.types import typed
 
 __all__ = ["LossBalancer"]
 
@@ -30,8 +31,8 @@ class LossBalancer(nn.Module):
     norm_sums: Tensor
     norm_counts: Tensor
 
-    @beartype
-    def __init__(self, weights: Mapping[str, float | int], decay: float = 0.999) -> None:
+    @typed
+    def __init__(self, weights: Mapping[str, float], decay: float = 0.999) -> None:
         super().__init__()
         if not any(weights.values()) or min(weights.values()) < 0 or not 0 <= decay < 1:
             raise ValueError(
@@ -42,7 +43,7 @@ class LossBalancer(nn.Module):
         self.register_buffer("norm_sums", torch.zeros(len(weights)))
         self.register_buffer("norm_counts", torch.zeros(len(weights)))
 
-    @beartype
+    @typed
     def forward(self, losses: Mapping[str, Tensor], wave: Tensor) -> Tensor:
         """Return the weighted mean of the losses; its gradient is the weighted mean of the rescaled gradients.
 

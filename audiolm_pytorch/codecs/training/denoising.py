@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.crops import CropDataset
 
 __all__ = ["Mixture", "NoiseMixer"]
@@ -42,14 +42,14 @@ class NoiseMixer:
         clean_share: Share of the items (0 to 1) to which no noise is added.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         clean: CropDataset,
         noise: CropDataset,
         *,
         sample_hz: int,
-        snr_db: tuple[float | int, float | int] = (0.0, 15.0),
+        snr_db: tuple[float, float] = (0.0, 15.0),
         denoise_share: float = 0.5,
         clean_share: float = 0.1,
         seed: int = 0,
@@ -65,7 +65,7 @@ class NoiseMixer:
         self.clean, self.noise, self.sample_hz = clean, noise, sample_hz
         self.snr_db, self.denoise_share, self.clean_share, self.seed = snr_db, denoise_share, clean_share, seed
 
-    @beartype
+    @typed
     def get(self, epoch: int, index: int) -> Mixture:
         """Mix one clean crop with noise; add no noise if the clean crop, or all drawn noise, is silent."""
         rng = np.random.default_rng([self.seed, 1, epoch, index])

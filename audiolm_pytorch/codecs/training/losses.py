@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.mel import MelSpectrogram
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.discriminators import ScaleOutput
 
 __all__ = ["MultiScaleMelLoss", "discriminator_hinge", "feature_matching", "generator_hinge"]
@@ -24,7 +24,7 @@ class MultiScaleMelLoss(nn.Module):
     longer window has more mel bands, so that no band is empty. The hop of each spectrogram is a quarter of its window.
     """
 
-    @beartype
+    @typed
     def __init__(self, sample_hz: int) -> None:
         super().__init__()
         self.scales = nn.ModuleList(

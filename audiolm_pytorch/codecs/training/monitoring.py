@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.files import peak_safe, write_audio
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.distances import si_sdr_db
 from audiolm_pytorch.codecs.quantizers.base import code_usage, usage_of_counts
 from audiolm_pytorch.codecs.soundstream import SoundStream
@@ -30,7 +30,7 @@ class CodeUsage(nn.Module):
 
     counts: Tensor
 
-    @beartype
+    @typed
     def __init__(self, num_quantizers: int, codebook_size: int) -> None:
         super().__init__()
         self.register_buffer("counts", torch.zeros(num_quantizers, codebook_size))

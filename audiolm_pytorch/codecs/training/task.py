@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.quantizers.base import ResidualLevels
 from audiolm_pytorch.codecs.quantizers.distributed import rank_and_count
 from audiolm_pytorch.codecs.soundstream import CodecOutput, SoundStream
@@ -48,7 +48,7 @@ _CROPS_PER_BATCH = 16
 
 
 @trainer_arguments()
-@beartype
+@typed
 @dataclass(frozen=True)
 class CodecLossWeights:
     """Weights of the losses that train a codec.
@@ -62,11 +62,11 @@ class CodecLossWeights:
     large batches. With the EnCodec weights, even untrained discriminators contribute six sevenths of the gradient.
     """
 
-    mel: float | int = 1.0
-    waveform: float | int = 0.1
-    adversarial: float | int = 0.1
-    feature_matching: float | int = 0.2
-    commitment: float | int = 1.0
+    mel: float = 1.0
+    waveform: float = 0.1
+    adversarial: float = 0.1
+    feature_matching: float = 0.2
+    commitment: float = 1.0
 
     def __post_init__(self) -> None:
         if min(asdict(self).values()) < 0 or not self.on_wave:
@@ -116,7 +116,7 @@ class CodecTask:
 
     name = "codec"
 
-    @beartype
+    @typed
     def __init__(
         self,
         codec: SoundStream,

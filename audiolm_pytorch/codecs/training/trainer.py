@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from beartype import beartype
 from torch import nn
 from torch.utils.data import Dataset
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.codecs.training.denoising import NoiseMixer
 from audiolm_pytorch.codecs.training.monitoring import MelWarning
@@ -64,7 +64,7 @@ class SoundStreamTrainer:
         **settings: Further fields of `LoopSettings`; the phases are "generator" and "discriminator".
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         soundstream: SoundStream,
@@ -74,7 +74,7 @@ class SoundStreamTrainer:
         batch_size: int,
         num_train_steps: int,
         data_max_length: int | None = None,
-        data_max_length_seconds: float | int | None = None,
+        data_max_length_seconds: float | None = None,
         results_folder: str | Path = "./results/codec",
         loss_weights: CodecLossWeights | None = None,
         discriminators: nn.Module | None = None,
@@ -83,7 +83,7 @@ class SoundStreamTrainer:
         unquantized_steps: int | None = None,
         noise_folder: DataSource | None = None,
         noise_items: AudioSplit | Dataset | None = None,
-        noise_snr_db: tuple[float | int, float | int] = _NOISE_SNR_DB,
+        noise_snr_db: tuple[float, float] = _NOISE_SNR_DB,
         wrong_codes: WrongCodes | None = None,
         accelerator: "accelerate.Accelerator | None" = None,
         **settings: Any,
@@ -141,7 +141,7 @@ class SoundStreamTrainer:
         self.results_folder = Path(results_folder)
         self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator, MelWarning(num_train_steps))
 
-    @beartype
+    @typed
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
         """Train from the last checkpoint, if there is one, to the end, or for at most `stop_after_steps` steps.
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.quantizers.base import ResidualLevels
 from audiolm_pytorch.training.arguments import trainer_arguments
 
@@ -14,7 +14,7 @@ __all__ = ["WrongCodes"]
 
 
 @trainer_arguments()
-@beartype
+@typed
 @dataclass(frozen=True)
 class WrongCodes:
     """Replaces some codes by wrong ones before they are decoded in training, while the target wave stays clean.
@@ -29,9 +29,9 @@ class WrongCodes:
         num_near: Number of codes from which a near code is drawn.
     """
 
-    item_share: float | int = 0.5
-    max_code_share: float | int = 0.4
-    near_share: float | int = 0.5
+    item_share: float = 0.5
+    max_code_share: float = 0.4
+    near_share: float = 0.5
     num_near: int = 16
 
     def __post_init__(self) -> None:

@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.audio.padding import checked_lengths, length_mask
 from audiolm_pytorch.audio.waves import mono_waves
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.module_state import is_traced
 
 __all__ = ["StackedLogMel"]
@@ -30,7 +30,7 @@ class StackedLogMel(nn.Module):
         floor: Lower bound of the mel magnitudes; 1e-2 is 88 dB below a full-scale sine at n_fft 1024.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -39,7 +39,7 @@ class StackedLogMel(nn.Module):
         n_fft: int = 1024,
         hop_length: int = 160,
         frames_per_token: int = 4,
-        floor: float | int = 1e-2,
+        floor: float = 1e-2,
     ) -> None:
         super().__init__()
         if min(sample_hz, num_mels, hop_length, frames_per_token) < 1 or floor <= 0:

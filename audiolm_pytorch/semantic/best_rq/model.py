@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.transformer import build_encoder
 from audiolm_pytorch.saving.modules import constructor_arguments, register
@@ -32,7 +32,7 @@ class BestRQEncoder(FrameEncoder):
     `context_tokens` tokens on each side of a window.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -41,7 +41,7 @@ class BestRQEncoder(FrameEncoder):
         heads: int = 3,
         dim_head: int = 64,
         ff_mult: int = 4,
-        dropout: float | int = 0.0,
+        dropout: float = 0.0,
         sample_hz: int = 16_000,
         num_mels: int = 80,
         n_fft: int = 1024,
@@ -137,7 +137,7 @@ class BestRQ(nn.Module):
     A span of noise starts at each token with probability `start_prob`; `noise_std` is the noise's standard deviation.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         encoder: BestRQEncoder,
@@ -147,10 +147,10 @@ class BestRQ(nn.Module):
         num_targets: int = 64,
         reach_tokens: int = 4,
         num_directions: int | None = 192,
-        seen_weight: float | int = 1.0,
-        start_prob: float | int = 0.15,
+        seen_weight: float = 1.0,
+        start_prob: float = 0.15,
         span_tokens: int = 4,
-        noise_std: float | int = 0.1,
+        noise_std: float = 0.1,
         seed: int = 0,
     ) -> None:
         super().__init__()

@@ -4,9 +4,10 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
+
+from audiolm_pytorch.checks.types import typed
 
 __all__ = ["Decorrelation", "RandomProjectionQuantizer", "TokenTargets", "sample_span_mask"]
 
@@ -21,7 +22,7 @@ class RandomProjectionQuantizer(nn.Module):
     Projection and codebooks depend on `seed` only. If the input is not normalised, most codes never occur.
     """
 
-    @beartype
+    @typed
     def __init__(
         self, dim: int, codebook_size: int, codebook_dim: int = 16, num_targets: int = 1, seed: int = 0
     ) -> None:
@@ -57,7 +58,7 @@ class Decorrelation(nn.Module):
     are random and orthonormal.
     """
 
-    @beartype
+    @typed
     def __init__(self, dim: int, num_directions: int, seed: int = 0) -> None:
         super().__init__()
         if not 1 <= num_directions <= dim:
@@ -108,7 +109,7 @@ class TokenTargets(nn.Module):
         num_directions: Number of directions of `Decorrelation`; None means no decorrelation, as in the paper.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         dim: int,

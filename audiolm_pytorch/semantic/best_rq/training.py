@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from beartype import beartype
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data import CropBatch, CropDataset, collate_crops
 from audiolm_pytorch.data.items import items_digest
 from audiolm_pytorch.data.manifest import AudioSplit, DataSource, training_items
@@ -38,7 +38,7 @@ class BestRQTask:
 
     name = "best_rq"
 
-    @beartype
+    @typed
     def __init__(self, *, model: BestRQ, train: CropDataset, valid: CropDataset, valid_batch_size: int = 16) -> None:
         self.module = model
         self.phases = (Phase(self.name, (model,), self._loss),)
@@ -110,7 +110,7 @@ class SemanticTokenizerTrainer:
         **loop_settings: Further fields of `LoopSettings`, such as `learning_rate` or `precision`.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -119,7 +119,7 @@ class SemanticTokenizerTrainer:
         items: AudioSplit | Dataset | None = None,
         batch_size: int,
         num_train_steps: int,
-        seconds: float | int = 5.0,
+        seconds: float = 5.0,
         results_folder: str | Path = "./results/semantic",
         objective: BestRQ | None = None,
         accelerator: "accelerate.Accelerator | None" = None,
@@ -147,7 +147,7 @@ class SemanticTokenizerTrainer:
         """Train the encoder with `TrainLoop.train`, which continues from a checkpoint in the results folder."""
         return self.loop.train(stop_after_steps)
 
-    @beartype
+    @typed
     def fit_tokenizer(
         self,
         *,

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.files import read_weights
 from audiolm_pytorch.saving.restricted_pickle import DataUnpickler, RefusedFileError, StandIn, one_line_errors
 
@@ -40,7 +40,7 @@ _MAX_BYTES = 2**28
 _ZLIB_OR_GZIP = 32 + 15
 
 
-@beartype
+@typed
 def read_centroids(path: str | Path) -> dict[str, Tensor]:
     """Read k-means centroids from a file, without running code in the file.
 

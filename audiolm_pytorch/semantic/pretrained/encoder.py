@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
 from einops import reduce
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.padding import checked_lengths, items_by_length, length_mask
 from audiolm_pytorch.audio.waves import mono_waves
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
@@ -69,15 +69,15 @@ class TransformersEncoder(FrameEncoder):
 
     published = dict.fromkeys(_CLASSES, "TransformersEncoder")
 
-    @beartype
+    @typed
     def __init__(
         self,
         source: str | Path | LoadedModel,
         *,
         layer_count: int | None = None,
         normalise_wave: bool | None = None,
-        window_seconds: float | int = 30.0,
-        context_seconds: float | int = 2.0,
+        window_seconds: float = 30.0,
+        context_seconds: float = 2.0,
         offline: bool = False,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
@@ -208,7 +208,7 @@ class TransformersEncoder(FrameEncoder):
         projected = self.model.feature_projection(vectors)
         return encoder(projected[0] if isinstance(projected, tuple) else projected)[0]
 
-    @beartype
+    @typed
     def truncated(self, layer: int) -> "TransformersEncoder":
         """Return an independent copy of the encoder with the first `layer` transformer layers."""
         self.check_layer(layer)
@@ -234,7 +234,7 @@ def _first_blocks(model: Any, count: int) -> Any:
     return short
 
 
-@beartype
+@typed
 def open_published(
     source: str | Path, *, layer_count: int | None = None, normalise_wave: bool | None = None, **hub: Any
 ) -> TransformersEncoder:
@@ -262,7 +262,7 @@ def _is_checkpoint_file(path: Path) -> bool:
     return path.is_file() or (path.suffix in _CHECKPOINT_SUFFIXES and not path.is_dir())
 
 
-@beartype
+@typed
 def open_encoder(source: str | Path, **hub: Any) -> FrameEncoder:
     """Load an audio encoder in eval mode from any source.
 

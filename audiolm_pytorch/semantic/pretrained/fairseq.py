@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.hub import require_transformers
 from audiolm_pytorch.saving.restricted_pickle import RefusedFileError, StandIn, one_line_errors
 from audiolm_pytorch.saving.torch_checkpoint import TorchCheckpoint
@@ -80,7 +80,7 @@ class FairseqCheckpoint:
         return rate_hz if isinstance(rate_hz, int) and rate_hz in _SIZES else 16_000
 
 
-@beartype
+@typed
 def read_fairseq(path: str | Path) -> FairseqCheckpoint:
     """Read a checkpoint of the fairseq trainer, such as `hubert_base_ls960.pt`; no code in the file is run.
 
@@ -162,7 +162,7 @@ def conv_layers_of(setting: Any) -> list[list[int]]:
     return layers
 
 
-@beartype
+@typed
 def hubert_from_fairseq(checkpoint: FairseqCheckpoint) -> Any:
     """Build a `transformers.HubertModel` (arXiv:2106.07447) in eval mode and float32 from a fairseq checkpoint.
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.hub import require_transformers
 from audiolm_pytorch.semantic.windows import ReceptiveField
 
@@ -27,7 +27,7 @@ class Filterbank:
     transformers fills it with zeros and masks it. A vector is the concatenation of `stride` frames.
     """
 
-    @beartype
+    @typed
     def __init__(self, *, sample_hz: int = 16_000, num_mels: int = 80, stride: int = 2) -> None:
         if min(sample_hz, num_mels) < 1 or stride < 2:
             raise ValueError(f"sample_hz {sample_hz} and num_mels {num_mels} must be >= 1, and stride {stride} >= 2")

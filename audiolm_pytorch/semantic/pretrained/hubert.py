@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from beartype import beartype
-
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.modules import build_module, register
 from audiolm_pytorch.semantic.pretrained.centroids import read_centroids
 from audiolm_pytorch.semantic.pretrained.encoder import open_published
@@ -36,7 +35,7 @@ class HubertWithKmeans(KMeansTokenizer):
         normalise_wave: Whether to normalise items to mean 0 and variance 1; None means as in the training of the model.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         checkpoint_path: str | Path,

@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.padding import items_by_length
 from audiolm_pytorch.audio.units import exact_div
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
@@ -74,7 +74,7 @@ class ConvFeatures(nn.Module):
     replaced by `log(1 + |x|)`. The list `layers` has width, kernel size and stride of every convolution.
     """
 
-    @beartype
+    @typed
     def __init__(self, *, layers: list[list[int]], activation: str, log_compression: bool) -> None:
         super().__init__()
         self.config = dict(layers=layers, activation=activation, log_compression=log_compression)
@@ -133,7 +133,7 @@ class GumbelQuantizer(nn.Module):
     The logits are computed by `depth` linear layers, whose hidden layers are twice as wide as the features.
     """
 
-    @beartype
+    @typed
     def __init__(self, *, dim: int, groups: int, codes: int, depth: int, activation: str) -> None:
         super().__init__()
         self.config = dict(dim=dim, groups=groups, codes=codes, depth=depth, activation=activation)
@@ -160,7 +160,7 @@ class KMeansQuantizer(nn.Module):
     If `shared` is True, all groups use one codebook.
     """
 
-    @beartype
+    @typed
     def __init__(self, *, dim: int, groups: int, codes: int, shared: bool) -> None:
         super().__init__()
         self.config = dict(dim=dim, groups=groups, codes=codes, shared=shared)
@@ -229,7 +229,7 @@ class FairseqVQWav2Vec(SemanticTokenizer):
         target_sample_hz: Sample rate of the model; another rate than that in the file raises a ValueError.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         checkpoint_path: str | Path | VQWav2Vec,

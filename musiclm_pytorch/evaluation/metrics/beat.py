@@ -2,11 +2,11 @@
 
 import numpy as np
 import torch
-from beartype import beartype
 from torch import Tensor
 from torch.nn import functional as F
 
 from audiolm_pytorch.audio.mel import MelSpectrogram
+from audiolm_pytorch.checks.types import typed
 from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, Metric, UnmetNeed
 from musiclm_pytorch.evaluation.report import MetricValue
 
@@ -42,7 +42,7 @@ class OnsetEnvelope(Extractor):
         return (levels[:, :, _FLUX_FRAMES:] - levels[:, :, :-_FLUX_FRAMES]).clamp_min(0).mean(dim=1)
 
 
-@beartype
+@typed
 def autocorrelation_peak(envelope: Tensor) -> tuple[float, float]:
     """Return the largest autocorrelation of an envelope `[f]` between lags of 0.25 and 2 s, and its tempo in bpm.
 
@@ -62,7 +62,7 @@ def autocorrelation_peak(envelope: Tensor) -> tuple[float, float]:
     return float(part[best]), 60.0 * _FRAMES_PER_SECOND / (best + _LAG_FRAMES[0])
 
 
-@beartype
+@typed
 def is_same_tempo(tempo_bpm: float, expected_bpm: float) -> bool:
     """Whether two tempi differ by at most 8%, after one of them is multiplied by a power of two."""
     if not (tempo_bpm > 0 and expected_bpm > 0):
@@ -71,7 +71,7 @@ def is_same_tempo(tempo_bpm: float, expected_bpm: float) -> bool:
     return bool(abs(octaves - round(octaves)) <= np.log2(_MAX_TEMPO_RATIO))
 
 
-@beartype
+@typed
 def onset_correlation(a: Tensor, b: Tensor, smooth_frames: int = 1) -> float:
     """Correlation of two envelopes `[f]`, cut to the shorter one; 0 if one of them is constant.
 

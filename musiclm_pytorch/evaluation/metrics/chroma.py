@@ -6,10 +6,10 @@ Definition of MusicGen (arXiv:2306.05284, sec. 4.2; audiocraft's metric): audio 
 
 import numpy as np
 import torch
-from beartype import beartype
 from torch import Tensor
 from torch.nn import functional as F
 
+from audiolm_pytorch.checks.types import typed
 from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, Metric, require_references
 from musiclm_pytorch.evaluation.report import MetricValue
 
@@ -21,7 +21,7 @@ _LOWEST_A_HZ = 27.5
 _CENTRE_OCTAVE, _OCTAVE_WIDTH = 5.0, 2.0
 
 
-@beartype
+@typed
 def chroma_filters(sample_hz: int, n_fft: int) -> np.ndarray:
     """Build filters `[12, n_fft // 2 + 1]` of pitch classes from C, which equal `librosa.filters.chroma`.
 

@@ -1,15 +1,15 @@
 """Fréchet distance between Gaussians that are fitted to embeddings (FAD, arXiv:1812.08466)."""
 
 import numpy as np
-from beartype import beartype
 
+from audiolm_pytorch.checks.types import typed
 from musiclm_pytorch.evaluation.metric import ClipSet, UnmetNeed
 from musiclm_pytorch.evaluation.metrics.set_distance import SetDistance, WeightedDistance
 
 __all__ = ["FrechetDistance", "gaussian_frechet_distance"]
 
 
-@beartype
+@typed
 def gaussian_frechet_distance(
     mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.ndarray, covariance_b: np.ndarray
 ) -> float:

@@ -1,8 +1,8 @@
 """Inception score: whether clips are classified with confidence and belong to many classes (arXiv:1606.03498)."""
 
 import numpy as np
-from beartype import beartype
 
+from audiolm_pytorch.checks.types import typed
 from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, Metric
 from musiclm_pytorch.evaluation.metrics.kl_divergence import kl_divergence
 from musiclm_pytorch.evaluation.report import MetricValue
@@ -10,7 +10,7 @@ from musiclm_pytorch.evaluation.report import MetricValue
 __all__ = ["InceptionScore", "inception_score"]
 
 
-@beartype
+@typed
 def inception_score(posteriors: np.ndarray) -> float:
     """Compute exp of the mean KL divergence of class probabilities `[n, k]` and their mean; 1..k."""
     return float(np.exp(kl_divergence(posteriors, posteriors.mean(axis=0)).mean()))

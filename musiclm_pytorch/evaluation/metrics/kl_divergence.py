@@ -1,8 +1,8 @@
 """Kullback-Leibler divergence of the class probabilities of each clip and its real clip (KLD of MusicLM)."""
 
 import numpy as np
-from beartype import beartype
 
+from audiolm_pytorch.checks.types import typed
 from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, Metric, require_references
 from musiclm_pytorch.evaluation.report import MetricValue
 
@@ -11,7 +11,7 @@ __all__ = ["KLDivergence", "kl_divergence"]
 _MIN_PROBABILITY = 1e-6
 
 
-@beartype
+@typed
 def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """Compute sum p log(p / q) over the last axis, in nats, of probabilities that sum to 1."""
     p, q = (np.asarray(part, dtype=np.float64).clip(min=_MIN_PROBABILITY) for part in (p, q))

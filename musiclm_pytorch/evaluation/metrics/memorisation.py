@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
-from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.semantic.base import SemanticTokenizer
@@ -36,7 +36,7 @@ class SemanticTokens(Extractor):
         return part_fingerprint(self.tokenizer)
 
 
-@beartype
+@typed
 def longest_shared_runs(queries: list[Tensor], references: list[Tensor]) -> np.ndarray:
     """Length `[n]` of the longest run of tokens of each query that occurs in one of the references, at any time."""
     training = np.concatenate([np.append(tokens.numpy(), _BREAK) for tokens in references])
@@ -50,7 +50,7 @@ def longest_shared_runs(queries: list[Tensor], references: list[Tensor]) -> np.n
     return longest
 
 
-@beartype
+@typed
 def matching_cost(a: Tensor, b: Tensor, distances: np.ndarray) -> float:
     """Cost of transporting the histogram of the tokens `a` to that of the tokens `b` (optimal transport), per token.
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from beartype import beartype
 from torch import Tensor
 from torch.nn import functional as F
 
 from audiolm_pytorch.audio.files import resample
 from audiolm_pytorch.audio.mel import MelSpectrogram
+from audiolm_pytorch.checks.types import typed
 from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, Metric, UnmetNeed
 from musiclm_pytorch.evaluation.report import MetricValue
 
@@ -21,7 +21,7 @@ _DYNAMIC_RANGE_DB = 30.0
 _CLIPS_PER_BATCH = 50
 
 
-@beartype
+@typed
 def nearest_similarity(queries: Tensor, references: Tensor) -> Tensor:
     """Cosine similarity `[a]` of each query `[a, d]` with the most similar of the references `[r, d]`."""
     _check_shapes(queries, references, num_axes=2)
@@ -36,7 +36,7 @@ def _check_shapes(queries: Tensor, references: Tensor, num_axes: int) -> None:
         )
 
 
-@beartype
+@typed
 @torch.no_grad()
 def melody_spectrogram(waves: Tensor, sample_hz: int) -> Tensor:
     """Compute coarse log-mel spectrograms minus their mean over time, to keep the notes and little of the timbre.
@@ -54,7 +54,7 @@ def melody_spectrogram(waves: Tensor, sample_hz: int) -> Tensor:
     return torch.cat(parts)
 
 
-@beartype
+@typed
 def melody_similarity(queries: Tensor, references: Tensor, max_shift_frames: int = 10) -> Tensor:
     """Correlation `[a]` of each melody with the most similar reference melody, at the best time shift.
 

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any
 
-from beartype import beartype
-
+from audiolm_pytorch.checks.types import typed
 from musiclm_pytorch.recipes.corpus import vocabulary
 from musiclm_pytorch.recipes.corpus.sentences import CLAUSES, HELD_OUT_SENTENCES, OPENINGS, SHORT
 from musiclm_pytorch.recipes.corpus.wordings import HELD_OUT, TRAINING, Wordings
@@ -201,7 +200,7 @@ class _Writer:
         return _articles(text) if text else None
 
 
-@beartype
+@typed
 def caption_variants(labels: Mapping[str, Any], rng: Random, count: int, held_out: bool = False) -> list[str]:
     """Generate different captions of one clip, in lower case and without a full stop at the end.
 
@@ -239,7 +238,7 @@ def caption_variants(labels: Mapping[str, Any], rng: Random, count: int, held_ou
     return captions
 
 
-@beartype
+@typed
 def hard_negatives(labels: Mapping[str, Any], rng: Random, count: int) -> list[str]:
     """Generate captions that are false for a clip, because they mention another value of one attribute.
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TypeVar
 
-from beartype import beartype
-
+from audiolm_pytorch.checks.types import typed
 from musiclm_pytorch.recipes.corpus.dances import DANCES, Metre
 from musiclm_pytorch.recipes.corpus.styles import Progression, Style
 from musiclm_pytorch.recipes.corpus.theory import (
@@ -263,7 +262,7 @@ def _dense(metre: Metre, density: float) -> Metre:
     return replace(metre, figures=figures)
 
 
-@beartype
+@typed
 def compose_tune(dance: str, mode: str, rng: Random, density: float = 1.0) -> Tune:
     """Compose a tune of 32 bars from two eight-bar parts A and B, in an order such as AABB.
 
@@ -287,7 +286,7 @@ def compose_tune(dance: str, mode: str, rng: Random, density: float = 1.0) -> Tu
     return Tune(dance, mode, scale, metre, len(bars), tuple(notes), tuple(chords))
 
 
-@beartype
+@typed
 def compose_song(style: Style, progression: Progression, rng: Random, density: float = 1.0) -> Tune:
     """Compose a song of two parts A and B over the chords of a progression, in an order such as AABA.
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from beartype import beartype
 
 from audiolm_pytorch.audio.files import write_audio
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.files import read_json, staged_files, write_json
 from musiclm_pytorch.recipes.corpus.effects import add_effect
 from musiclm_pytorch.recipes.corpus.midi import DRUM_CHANNEL, ControlChange, Note, ProgramChange
@@ -91,7 +91,7 @@ def _check_folder(out: Path, recipe: dict[str, Any]) -> None:
         write_json(note, recipe)
 
 
-@beartype
+@typed
 def make_corpus(
     out: str | Path,
     num_train: int,

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
 
-from beartype import beartype
-
+from audiolm_pytorch.checks.types import typed
 from musiclm_pytorch.recipes.corpus.arrangement import Hit, bass_bar, chord_bar, drum_bar
 from musiclm_pytorch.recipes.corpus.composition import ChordSpan, Tune
 from musiclm_pytorch.recipes.corpus.dances import Metre
@@ -225,7 +224,7 @@ def _swell(excerpt: _Excerpt) -> list[ControlChange]:
     return events
 
 
-@beartype
+@typed
 def perform(tune: Tune, labels: ClipLabels, start_bar: int, seconds: float, rng: Random) -> list[_Event]:
     """Create the MIDI events of an excerpt of a tune; all sound stops shortly after `seconds`.
 

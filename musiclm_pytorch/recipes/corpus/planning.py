@@ -6,8 +6,7 @@ from functools import lru_cache
 from random import Random
 from typing import Any
 
-from beartype import beartype
-
+from audiolm_pytorch.checks.types import typed
 from musiclm_pytorch.recipes.corpus.captions import caption_variants, hard_negatives
 from musiclm_pytorch.recipes.corpus.composition import Tune, compose_song, compose_tune
 from musiclm_pytorch.recipes.corpus.instruments import FOLK_INSTRUMENTS, INSTRUMENTS
@@ -244,7 +243,7 @@ def _draw_recorded_drums(rng: Random, style: Style | None, bpm: float) -> str | 
     return loops[int(loop_number * len(loops))] if loops and straight and shares[1] < _LOOP_FRACTION else kit
 
 
-@beartype
+@typed
 def plan_clip(
     split: str, index: int, seed: int, seconds: float = CLIP_SECONDS, soundfont: str | None = None
 ) -> ClipPlan:

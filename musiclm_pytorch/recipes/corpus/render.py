@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from beartype import beartype
 
+from audiolm_pytorch.checks.types import typed
 from musiclm_pytorch.recipes.corpus.midi import ControlChange, Note, ProgramChange, midi_bytes
 
 __all__ = ["SOUNDFONTS", "Soundfont", "find_synthesizer", "fit_peak", "render_performances"]
@@ -46,7 +46,7 @@ GAIN = 0.3
 FADE_SECONDS = 0.02
 
 
-@beartype
+@typed
 def find_synthesizer(soundfont: str = "FluidR3 GM") -> str:
     """Find the path of the `fluidsynth` command; raise a RuntimeError if the command or the soundfont is missing."""
     path, package = SOUNDFONTS[soundfont]
@@ -85,7 +85,7 @@ def fit_peak(mono: np.ndarray, peak: float, sample_hz: int) -> np.ndarray:
     return mono * (peak / max(float(np.abs(mono).max()), 1e-6))
 
 
-@beartype
+@typed
 def render_performances(
     performances: Sequence[Sequence[Event]],
     peaks: Sequence[float],

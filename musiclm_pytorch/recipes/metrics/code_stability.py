@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import tyro
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.quantizers import code_usage
 from audiolm_pytorch.codecs.training import MultiScaleMelLoss
@@ -31,7 +31,7 @@ _WINDOW_SECONDS, _HOP_SECONDS, _MAGNITUDE_FLOOR = 0.032, 0.01, 1e-3
 _BEAT_SECONDS = (0.25, 1.5)
 
 
-@beartype
+@typed
 def beat_strength(waves: Tensor, sample_hz: int) -> Tensor:
     """Return the largest normalised autocorrelation `[b]` of the onset strength of waves `[b, n]` at beat periods."""
     window, hop = round(_WINDOW_SECONDS * sample_hz), round(_HOP_SECONDS * sample_hz)
@@ -77,7 +77,7 @@ def _copy(codec: Codec, codes: Tensor, num_samples: int) -> Tensor:
     return torch.cat(decoded).mean(dim=1)
 
 
-@beartype
+@typed
 def code_stability(codec: Codec, waves: Tensor) -> dict[str, list[float]]:
     """Measure how far inaudible changes move the codes of mono waves `[b, n]`, and wrong codes the beat.
 
@@ -114,7 +114,7 @@ def code_stability(codec: Codec, waves: Tensor) -> dict[str, list[float]]:
     return rows
 
 
-@beartype
+@typed
 def stability_table(measured: dict[str, dict[str, list[float]]]) -> str:
     """Create a Markdown table with one row per codec and measurement."""
     width = max(len(values) for rows in measured.values() for values in rows.values())

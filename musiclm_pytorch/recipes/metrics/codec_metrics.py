@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.resample import resample
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.data.manifest import load_items
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
@@ -74,7 +74,7 @@ class CopyMetrics:
         ]
 
 
-@beartype
+@typed
 def measure_copies(
     classifier: AttributeClassifier,
     waves: Tensor,
@@ -138,7 +138,7 @@ def _kept_metric(
     return MetricValue.measured(f"{name}, share of real", ratio, len(classes))
 
 
-@beartype
+@typed
 def codec_copies(codec: Codec, waves: Tensor, levels: Sequence[int | None] = (None,)) -> Iterator[Copy]:
     """Yield the clips `[b, n]`, and one decoded copy per number of code levels (None = all levels)."""
     yield Copy("unquantized copy", waves)
@@ -148,7 +148,7 @@ def codec_copies(codec: Codec, waves: Tensor, levels: Sequence[int | None] = (No
         yield Copy(f"codec, {count} of {codec.num_quantizers} levels", decoded, codec.bitrate_kbps(count))
 
 
-@beartype
+@typed
 def opus_copies(waves: Tensor, waves_hz: int, sample_hz: int, bitrates_kbps: Sequence[float]) -> Iterator[Copy]:
     """Yield one copy of the clips per requested Opus bitrate, with the actual bitrate of the packets.
 
@@ -166,7 +166,7 @@ def opus_copies(waves: Tensor, waves_hz: int, sample_hz: int, bitrates_kbps: Seq
         yield Copy(f"opus {kbps:g} kbps", copies, num_bits / seconds / 1000)
 
 
-@beartype
+@typed
 def copies_table(measured: Sequence[CopyMetrics]) -> str:
     """Create a Markdown table with one row per copy of the clips, and 95% confidence intervals in brackets."""
     names = [metric.name.partition(" / ")[2] for metric in measured[0].accuracy.values()] if measured else []

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
+
+from audiolm_pytorch.checks.types import typed
 
 __all__ = ["OpusCopy", "opus_copy", "require_opus"]
 
@@ -37,8 +38,8 @@ def require_opus() -> None:
         raise ValueError(f"{' and '.join(missing)} are missing; install them with apt-get install opus-tools")
 
 
-@beartype
-def opus_copy(wave: Tensor, sample_hz: int, kbps: float | int) -> OpusCopy:
+@typed
+def opus_copy(wave: Tensor, sample_hz: int, kbps: float) -> OpusCopy:
     """Encode and decode a wave `[c, n]` in -1..1 with Opus (variable bitrate, highest complexity).
 
     `kbps` is the requested bitrate of all channels together. The decoded wave is aligned with the original wave,

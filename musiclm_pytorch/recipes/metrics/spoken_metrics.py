@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.audiolm import AudioLM
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.generation.request import GenerationRequest
 from musiclm_pytorch.evaluation.classifier import AttributeClassifier, fit_attribute_classifier
@@ -38,13 +38,13 @@ _PERCENTILES = (5, 25, 50, 75, 95)
 _NUM_BINS, _BAR_LENGTH = 10, 30
 
 
-@beartype
+@typed
 def fit_word_classifier(words: Sequence[AudioItem]) -> AttributeClassifier:
     """Fit a classifier of the digit and the speaker to recorded words."""
     return fit_attribute_classifier(words, LABELS, WordFeatures())
 
 
-@beartype
+@typed
 def generated_waves(
     audiolm: AudioLM,
     num_waves: int,
@@ -74,7 +74,7 @@ def generated_waves(
     return torch.cat(waves)
 
 
-@beartype
+@typed
 def speakers_of(classifier: AttributeClassifier, waves: Tensor, sample_hz: int) -> list[str]:
     """Predict the speaker of each recording `[b, n]` from all words; return "nobody" for a recording without words."""
     names = []
@@ -104,7 +104,7 @@ class RecognizedWords:
     num_seconds: float
 
 
-@beartype
+@typed
 def recognized_words(
     classifier: AttributeClassifier, waves: Tensor, sample_hz: int, backwards: bool = False
 ) -> RecognizedWords:
@@ -123,7 +123,7 @@ def recognized_words(
     return RecognizedWords(digits, best.double().numpy(), waves.numel() / sample_hz)
 
 
-@beartype
+@typed
 def classifier_metrics(
     classifier: AttributeClassifier, audiolm: AudioLM, words: Sequence[AudioItem]
 ) -> list[MetricValue]:
@@ -146,7 +146,7 @@ def _predicted_levels(audiolm: AudioLM) -> int:
     return max(source.first_level + source.num_levels for source in last.sources.values())
 
 
-@beartype
+@typed
 def speaker_metrics(truth: Sequence[str], answers: Mapping[str, Sequence[str]]) -> list[MetricValue]:
     """Measure the share of generated waves whose speaker is the speaker of the prompt.
 
@@ -163,7 +163,7 @@ def speaker_metrics(truth: Sequence[str], answers: Mapping[str, Sequence[str]]) 
     return [*metrics, accuracy_metric(f"speaker kept / {name}, prompts exchanged", exchanged, speakers)]
 
 
-@beartype
+@typed
 def confidence_metrics(words: Mapping[str, RecognizedWords], reference: str) -> list[MetricValue]:
     """Measure the share of words whose confidence is at least the 5th percentile of the reference confidences.
 
@@ -181,7 +181,7 @@ def confidence_metrics(words: Mapping[str, RecognizedWords], reference: str) -> 
     return metrics
 
 
-@beartype
+@typed
 def confidence_table(words: Mapping[str, RecognizedWords]) -> str:
     """Format percentiles and histograms of the confidences, and the frequency of each digit, as Markdown."""
     percentiles = [["confidence", *(f"{percent}%" for percent in _PERCENTILES)]]
@@ -198,7 +198,7 @@ def confidence_table(words: Mapping[str, RecognizedWords]) -> str:
     return f"{aligned_table(percentiles)}\n{aligned_table(shares)}{''.join(histograms)}"
 
 
-@beartype
+@typed
 def histogram(shares: np.ndarray) -> list[str]:
     """Format a text histogram of numbers in 0..1, with ten lines, from the lowest to the highest numbers."""
     counts, edges = np.histogram(shares, bins=_NUM_BINS, range=(0.0, 1.0))

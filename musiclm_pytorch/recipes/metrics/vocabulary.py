@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tyro
-from beartype import beartype
 
+from audiolm_pytorch.checks.types import typed
 from musiclm_pytorch.mulan.text_tower import words_of
 
 __all__ = ["known_share", "main"]
@@ -26,7 +26,7 @@ _FUNCTION_WORDS = frozenset(
 )
 
 
-@beartype
+@typed
 def known_share(known: Iterable[str], captions: Sequence[str], num_frequent: int = 300) -> dict[str, float]:
     """Compute which share of the words of captions is known.
 

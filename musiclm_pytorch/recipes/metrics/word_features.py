@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from beartype import beartype
 from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.audio.resample import resample
+from audiolm_pytorch.checks.types import typed
 from musiclm_pytorch.evaluation.classifier import FEATURES
 from musiclm_pytorch.evaluation.clip_features import FeatureModule
 
@@ -33,14 +33,14 @@ class WordFeatures(FeatureModule):
     3.8 kHz, so that recordings with a sample rate of 8 kHz contain all bands.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
         sample_hz: int = 16_000,
         num_mels: int = 40,
         num_segments: int = 16,
-        dynamic_range_db: float | int = 40.0,
+        dynamic_range_db: float = 40.0,
     ) -> None:
         """Create a module that computes features of spoken words.
 
@@ -96,7 +96,7 @@ class WordFeatures(FeatureModule):
 FEATURES["WordFeatures"] = WordFeatures
 
 
-@beartype
+@typed
 def cut_words(wave: Tensor, sample_hz: int, whole_only: bool = False) -> list[Tensor]:
     """Cut a recording at its pauses into words `[n_i]`.
 
@@ -131,7 +131,7 @@ def cut_words(wave: Tensor, sample_hz: int, whole_only: bool = False) -> list[Te
     ]
 
 
-@beartype
+@typed
 def padded(waves: Sequence[Tensor]) -> Tensor:
     """Pad waves `[n_i]` of different lengths with silence, and stack the waves to a batch `[b, n]`."""
     return pad_sequence(list(waves), batch_first=True)

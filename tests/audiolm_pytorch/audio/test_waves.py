@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from beartype.roar import BeartypeCallHintViolation
 
 from audiolm_pytorch.audio import MelSpectrogram, peak_safe, read_audio, resample, write_audio
 from audiolm_pytorch.audio.resample import StreamingResampler
@@ -141,7 +140,7 @@ def test_other_waves_are_refused_in_the_same_words(door: str) -> None:
             doors[door](wave)
     for wrong in (np.zeros((1, NUM), dtype=np.float32), [[0.0] * NUM], None):
         if door != "AudioLM prompt" and not (door == "fine stage" and wrong is None):
-            with pytest.raises((TypeError, BeartypeCallHintViolation), match="wav|wave|wavs|audio"):
+            with pytest.raises(TypeError, match="wav|wave|wavs|audio"):
                 doors[door](wrong)
 
 

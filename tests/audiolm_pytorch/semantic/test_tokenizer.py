@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from beartype.roar import BeartypeCallHintViolation
 
 from audiolm_pytorch.audio.padding import length_mask
 from audiolm_pytorch.audio.resample import resample
@@ -200,7 +199,7 @@ def test_bad_input_is_refused(tokenizer):
     ]:
         with pytest.raises(ValueError, match=message):
             tokenizer(wave, **arguments)
-    with pytest.raises(BeartypeCallHintViolation, match="lengths"):
+    with pytest.raises(TypeError, match="lengths"):
         tokenizer(torch.zeros(1, 800), lengths=[800])
     cutting = KMeansTokenizer(
         encoder=tokenizer.encoder, layer=2, centroids=tokenizer.centroids, seq_len_multiple_of=1000
@@ -230,7 +229,7 @@ def test_ids_on_a_gpu_are_those_of_the_cpu(tokenizer):
 def test_bad_parts_are_refused():
     """Guards the constructor: wrong encoders, layers, shapes, missing centroids."""
     encoder = tiny_encoder()
-    with pytest.raises(BeartypeCallHintViolation, match="FrameEncoder"):
+    with pytest.raises(TypeError, match="FrameEncoder"):
         KMeansTokenizer(encoder=torch.nn.Linear(2, 2), layer=1, num_clusters=4)
     for arguments, message in [
         ({"layer": 3, "num_clusters": 4}, r"0\.\.2"),

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from beartype.roar import BeartypeCallHintViolation
 
 from audiolm_pytorch import SemanticTransformerTrainer, SoundStreamTrainer
 from audiolm_pytorch.codecs.training.task import CodecLossWeights
@@ -44,7 +43,7 @@ def test_settings_accept_whole_numbers_numpy_numbers_and_lists() -> None:
 @pytest.mark.parametrize("wrong", [{"seed": 1.5}, {"seed": np.float32(1)}, {"betas": [0.9]}, {"learning_rate": "1"}])
 def test_other_types_raise_errors(wrong: dict[str, Any]) -> None:
     """A conversion does not hide a mistake."""
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeError):
         LoopSettings(**SIZES, **wrong)
 
 

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from beartype.roar import BeartypeCallHintViolation
 
 from audiolm_pytorch.saving.modules import load_module, save_module
 from musiclm_pytorch.mulan import (
@@ -254,5 +253,5 @@ def test_a_text_tower_must_be_a_module() -> None:
     """Other objects would not be trained, moved or saved."""
     text = tiny_mulan().text
     names = ("dim", "depth", "tokenize", "embed_layers", "forward")
-    with pytest.raises(BeartypeCallHintViolation, match="TextTower"):
+    with pytest.raises(TypeError, match="TextTower"):
         tiny_mulan(text_transformer=SimpleNamespace(**{name: getattr(text, name) for name in names}))

@@ -1,0 +1,106 @@
+"""Type checks of arguments at run time, with conversion of numpy numbers and lists."""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from beartype import BeartypeConf, beartype
+
+__all__ = ["described", "typed"]
+
+Target = TypeVar("Target", bound=Callable[..., Any])
+
+
+class _WrongTypeError(TypeError):
+    """An argument of another type than annotated, with beartype's message."""
+
+
+_beartype = beartype(
+    conf=BeartypeConf(
+        is_pep484_tower=True,  # whole numbers where floats are annotated
+        violation_param_type=_WrongTypeError,
+        violation_return_type=TypeError,
+        is_color=False,
+    )
+)
+
+
+def typed(target: Target) -> Target:
+    """Decorate a function, or the public methods of a class, to raise a TypeError for arguments of other types.
+
+    Whole numbers are accepted where `float` is annotated, numpy numbers where Python's are, and lists where tuples are.
+    The function receives numpy numbers and lists converted if the annotation needs that.
+    """
+    if isinstance(target, type):
+        for name, method in list(vars(target).items()):
+            if inspect.isfunction(method) and (name == "__init__" or not name.startswith("_")):
+                setattr(target, name, typed(method))
+        return target
+    checked = _beartype(target)
+
+    @functools.wraps(checked)
+    def call(*args: Any, **keywords: Any) -> Any:
+        while True:
+            try:
+                return checked(*args, **keywords)
+            except _WrongTypeError as error:
+                violation = str(error)
+            arguments = inspect.signature(target).bind(*args, **keywords)
+            _convert_argument(target, arguments, violation)
+            args, keywords = arguments.args, arguments.kwargs
+
+    return call  # type: ignore[return-value]
+
+
+def described(value: Any) -> str:
+    """Return the type, and the shape or a short form of the value, for an error message."""
+    kind = type(value).__name__
+    if isinstance(value, torch.Tensor | np.ndarray):
+        name = "a tensor" if isinstance(value, torch.Tensor) else "a numpy array"
+        return f"{name} of shape {list(value.shape)} and {value.dtype}"
+    if isinstance(value, list | tuple | set | dict):
+        items = {type(item).__name__ for item in (value.values() if isinstance(value, dict) else value)}
+        return f"a {kind} of {', '.join(sorted(items))}" if items else f"an empty {kind}"
+    if value is None or isinstance(value, bool):
+        return repr(value)
+    if isinstance(value, str | int | float | complex):
+        text = repr(value)
+        return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind})"
+    return f"the class {value.__name__}" if isinstance(value, type) else f"an object of type {kind}"
+
+
+def _convert_argument(target: Callable[..., Any], arguments: inspect.BoundArguments, violation: str) -> None:
+    """Convert the argument that beartype's message names, or raise a TypeError of one line."""
+    found = re.search(r"\bparameter (\w+)=", violation)
+    if found is None or found[1] not in arguments.arguments:
+        raise TypeError(violation)
+    name = found[1]
+    value = arguments.arguments[name]
+    hint = inspect.formatannotation(arguments.signature.parameters[name].annotation)
+    hint = re.sub(r"(?:\w+\.)+(?=\w)", "", hint).strip("'")
+    plain = _plain(value, "tuple[" in hint)
+    if plain is not None:
+        arguments.arguments[name] = plain
+        return
+    advice = ""
+    if "Tensor" in hint and isinstance(value, np.ndarray | list | tuple):
+        advice = f"; convert it with torch.{'from_numpy' if isinstance(value, np.ndarray) else 'tensor'}"
+    where = target.__qualname__.removesuffix(".__init__").replace("<locals>.", "")
+    raise TypeError(f"{where}: {name} must be {hint}, got {described(value)}{advice}")
+
+
+def _plain(value: Any, to_tuple: bool) -> Any:
+    """Return numpy numbers, also those in a sequence, as Python numbers, and a list as tuple; None changes nothing."""
+    if isinstance(value, np.generic):
+        number = value.item()
+        return None if isinstance(number, np.generic) else number
+    if type(value) is list or type(value) is tuple:
+        items = [item if (number := _plain(item, False)) is None else number for item in value]
+        if to_tuple and isinstance(value, list):
+            return tuple(items)
+        return type(value)(items) if list(map(type, items)) != list(map(type, value)) else None
+    return None

@@ -1,0 +1,74 @@
+"""Type checks at run time: conversions of numbers and sequences, and messages of one line."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from audiolm_pytorch.checks.types import typed
+
+
+@typed
+def numbers(whole: int, real: float = 0.0, pair: tuple[float, float] = (0.0, 0.0), sizes: Sequence[int] = ()) -> Any:
+    return whole, real, pair, sizes
+
+
+@typed
+def named(wave: Tensor | None = None, names: Sequence[str] = ()) -> Any:
+    return wave, names
+
+
+@typed
+@dataclass(frozen=True)
+class Settings:
+    size: int
+
+    def resized(self, size: int) -> "Settings":
+        return Settings(size)
+
+
+def test_numpy_numbers_whole_numbers_and_lists_pass() -> None:
+    """The function receives Python's own types where the annotation needs them."""
+    result = numbers(np.int64(3), 2, [1, np.float32(0.5)], [np.int32(4), np.int32(5)])
+    assert result == (3, 2, (1, 0.5), [4, 5])
+    assert [type(value) for value in (result[0], result[2], result[3][0])] == [int, tuple, int]
+    assert numbers(True, np.float32(0.5))[1] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: numbers(1.5), r"^numbers: whole must be int, got 1\.5 \(float\)$"),
+        (lambda: numbers(np.float32(1)), r"^numbers: whole must be int, got 1\.0 \(float\)$"),
+        (lambda: numbers(1, pair=[1.0]), r"^numbers: pair must be tuple\[float, float\], got a tuple of float$"),
+        (lambda: numbers(1, sizes="ab"), r"^numbers: sizes must be Sequence\[int\], got 'ab' \(str\)$"),
+        (lambda: named(np.zeros((1, 3))), r"^named: wave must be Tensor \| None, got a numpy array of shape \[1, 3\] "),
+        (lambda: named(np.zeros((1, 3))), r"float64; convert it with torch\.from_numpy$"),
+        (lambda: named(names=[torch.zeros(9)]), r"^named: names must be Sequence\[str\], got a list of Tensor$"),
+        (lambda: Settings("3"), r"^Settings: size must be int, got '3' \(str\)$"),
+        (lambda: Settings(3).resized(None), r"^Settings\.resized: size must be int, got None$"),
+        (lambda: numbers(), "missing 1 required positional argument: 'whole'"),
+    ],
+)
+def test_other_types_raise_a_type_error_of_one_line(call: Any, message: str) -> None:
+    """It names the function and the argument, what is needed and what was passed."""
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_errors_of_the_function_itself_pass_unchanged() -> None:
+    """A function that raises is called once."""
+    calls = []
+
+    @typed
+    def fails(size: int) -> None:
+        calls.append(size)
+        raise TypeError("an error of the function")
+
+    with pytest.raises(TypeError, match="an error of the function"):
+        fails(3)
+    assert calls == [3]
