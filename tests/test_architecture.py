@@ -40,10 +40,11 @@ ROOMS = {
         "mulan": "evaluation",
         "quantizer": "mulan",
         "musiclm": "pretrained quantizer",
+        "musicgen": "evaluation",
         "pretrained": "mulan musiclm quantizer",
         "pipeline": "mulan musiclm pretrained quantizer",
-        "cli": "evaluation mulan musiclm pipeline pretrained quantizer",
-        "recipes": "cli evaluation mulan musiclm pipeline pretrained quantizer",
+        "cli": "evaluation mulan musicgen musiclm pipeline pretrained quantizer",
+        "recipes": "cli evaluation mulan musicgen musiclm pipeline pretrained quantizer",
     },
 }
 

@@ -6,6 +6,7 @@ from audiolm_pytorch.saving.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from audiolm_pytorch.codecs.base import Codec as Codec, StreamingCodec as StreamingCodec
+    from audiolm_pytorch.codecs.channelwise import ChannelwiseCodec as ChannelwiseCodec
     from audiolm_pytorch.codecs.pretrained import (
         DacWrapper as DacWrapper,
         EncodecWrapper as EncodecWrapper,

@@ -23,10 +23,12 @@ class ConditionTensor:
         embeddings: `[b, m, d]`, m >= 1 per item. Embeddings of codes are ordered from coarse to fine quantizers.
         mask: `[b, m]` bool, False for padding. If the mask of an item is False everywhere, the item is unconditional,
             and the model uses a null embedding.
+        rows: `[b, m]` bool, the mask before `without_items` made items unconditional; None = `mask`.
     """
 
     embeddings: Tensor
     mask: Tensor
+    rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         has_shapes = self.embeddings.ndim == 3 and self.mask.shape == self.embeddings.shape[:2]
@@ -50,7 +52,8 @@ class ConditionTensor:
 
     def without_items(self, drop: Tensor) -> "ConditionTensor":
         """Return a copy in which the items where `drop [b]` (bool) is True are unconditional."""
-        return ConditionTensor(self.embeddings, self.mask & ~drop.to(self.mask.device).unsqueeze(1))
+        rows = self.mask if self.rows is None else self.rows
+        return ConditionTensor(self.embeddings, self.mask & ~drop.to(self.mask.device).unsqueeze(1), rows)
 
     def without_trailing(self, keep: Tensor) -> "ConditionTensor":
         """Mask all embeddings of item i after the first `keep[i]` embeddings; `keep` is `[b]` int64."""
@@ -59,7 +62,9 @@ class ConditionTensor:
 
     def select(self, items: Tensor) -> "ConditionTensor":
         """Return a condition tensor of the items with the indices `items [k]` (int64)."""
-        return ConditionTensor(self.embeddings[items.to(self.embeddings.device)], self.mask[items.to(self.mask.device)])
+        items = items.to(self.mask.device)
+        rows = None if self.rows is None else self.rows[items]
+        return ConditionTensor(self.embeddings[items.to(self.embeddings.device)], self.mask[items], rows)
 
     def expand(self, batch: int) -> "ConditionTensor":
         """Repeat a condition of one item `batch` times; a condition of `batch` items is returned unchanged."""
@@ -67,7 +72,8 @@ class ConditionTensor:
             return self
         if len(self) != 1:
             raise ValueError(f"got conditions for {len(self)} items, need conditions for 1 or {batch} items")
-        return ConditionTensor(self.embeddings.expand(batch, -1, -1), self.mask.expand(batch, -1))
+        rows = None if self.rows is None else self.rows.expand(batch, -1)
+        return ConditionTensor(self.embeddings.expand(batch, -1, -1), self.mask.expand(batch, -1), rows)
 
 
 # Conditions of a model by name, each of 1 or b items.
@@ -143,3 +149,19 @@ class TextEncoder(SavedModule, ABC):
     @abstractmethod
     def forward(self, texts: str | Sequence[str]) -> ConditionTensor:
         """Return hidden states `[b, t, dim]` float32 of one or several texts, without gradients."""
+
+    def states_of(self, texts: Sequence[str | None], device: torch.device) -> ConditionTensor | None:
+        """Return the hidden states of items on a device; items whose text is None are unconditional.
+
+        Returns None if no item has a text.
+        """
+        present = [(item, text) for item, text in enumerate(texts) if text is not None]
+        if not present:
+            return None
+        self.to(device)
+        states = self.forward([text for _, text in present])
+        items = torch.tensor([item for item, _ in present], device=device)
+        embeddings = states.embeddings.new_zeros(len(texts), *states.embeddings.shape[1:]).to(device)
+        mask = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=device)
+        embeddings[items], mask[items] = states.embeddings.to(device), states.mask.to(device)
+        return ConditionTensor(embeddings, mask)

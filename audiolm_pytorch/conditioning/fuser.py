@@ -1,8 +1,8 @@
 """Projection of condition tensors, which are prepended or added to tokens, or used in cross-attention."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,22 +28,33 @@ class ConditionSpec:
         way: `prepend` places the embeddings before the tokens, and `cross` uses cross-attention in every layer.
             `sum` adds one embedding to all tokens, or, with one embedding per frame, adds embedding i to the tokens
             that predict frame i.
-        null: Embedding that replaces a missing condition, `learned` or `zero`.
+        null: Embedding that replaces a missing condition, `learned`, `zero`, or `first`, which is the projection of the
+            first class as a one-hot vector.
         null_tokens: Number of null embeddings that replace a missing condition; a null embedding also replaces each
             masked embedding. With `null_tokens=None`, one null embedding replaces a missing condition, and masked
-            embeddings are ignored.
+            embeddings are ignored. With `all`, masked embeddings are ignored, and the condition of an item that
+            guidance or training drops becomes as many null embeddings.
         drop_prob: Probability that training drops only this condition; `cond_drop_prob` of the model drops all
             conditions.
+        projection: `normed` is a linear layer without bias and a norm; `linear` is a linear layer with bias, as in
+            MusicGen.
     """
 
     dim: int
     way: Literal["prepend", "cross", "sum"] = "prepend"
-    null: Literal["learned", "zero"] = "learned"
-    null_tokens: int | None = None
+    null: Literal["learned", "zero", "first"] = "learned"
+    null_tokens: int | Literal["all"] | None = None
     drop_prob: float = 0.0
+    projection: Literal["normed", "linear"] = "normed"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert the settings to data that JSON can store."""
+        # Without default values, as in files from before these fields.
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("projection", "normed")}
 
     def __post_init__(self) -> None:
-        if self.dim < 1 or (self.null_tokens is not None and self.null_tokens < 1) or not 0 <= self.drop_prob <= 1:
+        is_number = isinstance(self.null_tokens, int)
+        if self.dim < 1 or (is_number and int(self.null_tokens or 0) < 1) or not 0 <= self.drop_prob <= 1:
             raise ValueError(f"a condition needs dim >= 1, null_tokens >= 1 and 0 <= drop_prob <= 1, got {self}")
 
 
@@ -55,29 +66,40 @@ class _Condition(nn.Module):
         self.spec = spec
         # The norm brings embeddings to the scale of token embeddings. Cross-attention does not normalise states.
         scale = 1.0 if spec.way == "cross" else INIT_STD
-        self.projection = nn.Linear(spec.dim, dim, bias=False)
-        self.norm = RMSNorm(dim)
-        nn.init.constant_(self.norm.weight, scale)
+        self.projection = nn.Linear(spec.dim, dim, bias=spec.projection == "linear")
+        self.norm: nn.Module = nn.Identity()
+        if spec.projection == "normed":
+            self.norm = RMSNorm(dim)
+            nn.init.constant_(self.norm.weight, scale)
         if spec.null == "learned":
             self.null = nn.Parameter(torch.randn(dim) * scale)
         else:
-            self.register_buffer("null", torch.zeros(dim), persistent=False)
+            self.register_buffer("zero", torch.zeros(dim), persistent=False)
+
+    def _null(self) -> Tensor:
+        if self.spec.null == "first":
+            return self.norm(self.projection(torch.eye(1, self.spec.dim).to(self.projection.weight)))[0]
+        return self.zero if self.spec.null == "zero" else self.null
 
     def forward(self, condition: ConditionTensor | None, batch: int) -> tuple[Tensor, Tensor]:
         """Return m projected embeddings `[b, m, d]` and a mask `[b, m]`, which is False for embeddings to ignore."""
         weight = self.projection.weight
         if condition is None:
-            nothing = torch.zeros(batch, self.spec.null_tokens or 1, self.spec.dim, device=weight.device)
+            num_rows = self.spec.null_tokens if isinstance(self.spec.null_tokens, int) else 1
+            nothing = torch.zeros(batch, num_rows, self.spec.dim, device=weight.device)
             condition = ConditionTensor(nothing, torch.zeros(nothing.shape[:2], dtype=torch.bool))
         condition = condition.expand(batch)
         mask = condition.mask.to(weight.device)
         # NaN in padding would reach the gradients of the weights, because 0 * NaN is NaN.
         embeddings = condition.embeddings.to(weight).masked_fill(~mask.unsqueeze(-1), 0)
-        embedded = torch.where(mask.unsqueeze(-1), self.norm(self.projection(embeddings)), self.null)
+        null = self._null()
+        embedded = torch.where(mask.unsqueeze(-1), self.norm(self.projection(embeddings)), null)
         if self.spec.way == "sum" and mask.shape[1] > 1:  # rows after the last embedding receive the null embedding
-            embedded = torch.cat((embedded, self.null.expand(batch, 1, -1)), dim=1)
-        if self.spec.null_tokens is not None:
+            embedded = torch.cat((embedded, null.expand(batch, 1, -1)), dim=1)
+        if isinstance(self.spec.null_tokens, int):
             return embedded, torch.ones_like(mask)
+        if self.spec.null_tokens == "all" and condition.rows is not None:
+            mask = condition.rows.to(mask.device)
         is_first = torch.arange(mask.shape[1], device=mask.device) == 0
         return embedded, mask | (is_first & ~mask.any(dim=1, keepdim=True))
 

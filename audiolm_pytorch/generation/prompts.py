@@ -17,7 +17,7 @@ from audiolm_pytorch.lm.tokenizing import tokenize
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.tokens.token_batch import TokenBatch
 
-__all__ = ["tokenize_prompts"]
+__all__ = ["acoustic_tokens", "read_prompts", "tokenize_prompts"]
 
 
 def tokenize_prompts(
@@ -32,7 +32,8 @@ def tokenize_prompts(
         ValueError: If a file cannot be read, if the shape, length or number of channels of a prompt is wrong, or if the
             samples of a prompt are not finite floats.
     """
-    batch, waves = request.num_items, _read_prompts(request, codec.target_sample_hz)
+    hz = request.prime_wave_input_sample_hz or codec.target_sample_hz
+    batch, waves = request.num_items, read_prompts(request.prime_wave, hz, request.prime_lengths)
     semantic = _tokens_of_waves("semantic", waves, wav2vec, codec, device)
     acoustic = _tokens_of_waves("acoustic", waves, wav2vec, codec, device)
     seconds = [
@@ -42,9 +43,18 @@ def tokenize_prompts(
     return semantic.expand(batch), acoustic.expand(batch), seconds * (batch // len(waves))
 
 
-def _read_prompts(request: GenerationRequest, codec_hz: int) -> list[tuple[Tensor, int]]:
-    """Wave `[c, n]` and sample rate in Hz of every prompt."""
-    prompts, lengths = request.prime_wave, request.prime_lengths
+def acoustic_tokens(waves: Sequence[tuple[Tensor, int]], codec: Codec, device: torch.device) -> TokenBatch:
+    """Encode all complete frames of waves `[c, n]`, which are passed with their sample rates in Hz."""
+    return _tokens_of_waves("acoustic", waves, None, codec, device)
+
+
+def read_prompts(
+    prompts: Prompt | Sequence[Prompt] | None, sample_hz: int, lengths: Tensor | None = None
+) -> list[tuple[Tensor, int]]:
+    """Return wave `[c, n]` and sample rate in Hz of every prompt.
+
+    `sample_hz` is the rate of prompts that are tensors, and `lengths [b]` are the unpadded lengths of a padded tensor.
+    """
     if isinstance(prompts, Tensor):
         waves: list[Prompt] = list(prompts.unsqueeze(0) if prompts.ndim == 1 else prompts)
         if lengths is not None:
@@ -59,16 +69,19 @@ def _read_prompts(request: GenerationRequest, codec_hz: int) -> list[tuple[Tenso
         )
     else:
         waves = [prompts] if isinstance(prompts, (str, Path)) else list(prompts or [])
-    sample_hz = request.prime_wave_input_sample_hz or codec_hz
     return [_read(item, prompt, sample_hz) for item, prompt in enumerate(waves)]
 
 
 def _tokens_of_waves(
-    kind: str, waves: Sequence[tuple[Tensor, int]], wav2vec: SemanticTokenizer, codec: Codec, device: torch.device
+    kind: str,
+    waves: Sequence[tuple[Tensor, int]],
+    wav2vec: SemanticTokenizer | None,
+    codec: Codec,
+    device: torch.device,
 ) -> TokenBatch:
-    """Tokens of all complete frames of every wave."""
-    is_acoustic = kind == "acoustic"
-    tokenizer: SemanticTokenizer | Codec = codec if is_acoustic else wav2vec
+    """Tokens of all complete frames of every wave; semantic tokens if `kind` is `semantic` and `wav2vec` is passed."""
+    is_acoustic = wav2vec is None or kind == "acoustic"
+    tokenizer: SemanticTokenizer | Codec = codec if wav2vec is None or is_acoustic else wav2vec
     channels, levels = (codec.channels, codec.num_quantizers) if is_acoustic else (1, 1)
     resampled = [
         resample(with_channels(wave, channels, "the prompt"), hz, tokenizer.target_sample_hz) for wave, hz in waves

@@ -20,20 +20,28 @@ from audiolm_pytorch.tokens.token_batch import GrowingTokens, TokenBatch
 __all__ = ["SlidingWindowDecoder", "StagePipeline", "plan_windows"]
 
 
-def plan_windows(num_frames: int, window_frames: int | None, alignment: int = 1) -> list[range]:
+def plan_windows(
+    num_frames: int, window_frames: int | None, alignment: int = 1, stride_frames: int | None = None
+) -> list[range]:
     """Plan windows over a sequence. Each window starts in the middle of the previous window (MusicLM, sec. 5.4).
 
     Args:
         num_frames: Number of frames to cover; the start positions of windows do not depend on `num_frames`.
         window_frames: Number of frames of a window; None = one window over all frames.
         alignment: Windows start at multiples of this number of frames.
+        stride_frames: Distance of the starts of two windows; None = half a window.
 
     Raises:
-        ValueError: If half of `window_frames` is less than `alignment`.
+        ValueError: If half of `window_frames` is less than `alignment`, or `stride_frames` is out of range.
     """
     if window_frames is None or num_frames <= window_frames:
         return [range(num_frames)]
-    hop = window_frames // 2 // alignment * alignment
+    if stride_frames is not None and not alignment <= stride_frames < window_frames:
+        raise ValueError(
+            f"windows of {window_frames} frames need a stride of {alignment} or more frames, and less than "
+            f"a window; got {stride_frames}"
+        )
+    hop = (window_frames // 2 if stride_frames is None else stride_frames) // alignment * alignment
     if hop < 1:
         raise ValueError(f"got window_frames={window_frames}, half a window must have at least {alignment} frames")
     num_windows = 1 + ceil((num_frames - window_frames) / hop)
@@ -43,7 +51,7 @@ def plan_windows(num_frames: int, window_frames: int | None, alignment: int = 1)
 class SlidingWindowDecoder:
     """Decodes one predicted stream of any length. Decoding can pause.
 
-    The prompt of a window is the second half of the previous window (MusicLM, arXiv:2301.11325, sec. 5.4). The tokens
+    The prompt of a window is the end of the previous window (MusicLM, arXiv:2301.11325, sec. 5.4). The tokens
     of an input stream are either known, or another decoder predicts them when a window needs them. Every window
     receives all tokens of the input streams without a frame rate. All items have the same window positions and each
     item has its own random generator, so the tokens of an item do not depend on the other items or on pauses. There is
@@ -56,9 +64,11 @@ class SlidingWindowDecoder:
         sources: Decoders that predict further input streams, by name; an item that ends early there also ends here.
         prompt: Prompt tokens; None = no prompts.
         window_frames: Maximum number of frames of a window; None = one window over all frames.
+        stride_frames: Distance of the starts of two windows; None = half a window.
         batch_size: Number of items b.
-        conditioning: Conditions by name, of 1 or b items. If a condition has one embedding per frame, embedding i
-            belongs to frame i of the whole sequence; if not, all windows receive the same condition.
+        conditioning: Conditions by name, of 1 or b items, or a function that computes them for a window, a range of
+            frames. If a condition has one embedding per frame, embedding i belongs to frame i of the whole sequence; if
+            not, all windows receive the same condition.
         settings: Sampling settings. `DecodeSession` documents `seeds` and `allow_eos`.
         callback: Called after every row as `callback(known_frames, requested_frames)` of the longest item.
 
@@ -81,8 +91,9 @@ class SlidingWindowDecoder:
         sources: Mapping[str, "SlidingWindowDecoder"] | None = None,
         prompt: TokenBatch | None = None,
         window_frames: int | None = None,
+        stride_frames: int | None = None,
         batch_size: int = 1,
-        conditioning: Conditions | None = None,
+        conditioning: Conditions | Callable[[range], Conditions] | None = None,
         settings: SamplingSettings | None = None,
         seeds: Sequence[int | torch.Generator] | None = None,
         callback: Callable[[int, int], None] | None = None,
@@ -110,15 +121,19 @@ class SlidingWindowDecoder:
         self._check_inputs(inputs or {}, batch_size)
         self._inputs = {name: GrowingTokens(batch, model.device) for name, batch in (inputs or {}).items()}
         self._inputs |= {name: source.tokens for name, source in self._sources.items()}
-        self._windows = plan_windows(int(self._requested.max()), window_frames, model.layout.frame_alignment)
+        alignment, longest = model.layout.frame_alignment, int(self._requested.max())
+        self._windows = plan_windows(longest, window_frames, alignment, stride_frames)
         self._window_index = 0  # of the current or, between windows, of the next window
         self._longest = 0  # frames of the longest item, for the callback
         self._session: DecodeSession | None = None
         self._transformer: CachedTransformer | None = None  # of the last session
         self._session_items, self._session_stops = torch.empty(2, 0, dtype=torch.long)
         self._options: dict[str, Any] = {"settings": settings, "allow_eos": allow_eos}
-        model.fuser.check(conditioning or {})
-        self._conditioning = {name: part.expand(batch_size) for name, part in (conditioning or {}).items()}
+        self._condition_window = conditioning if callable(conditioning) else None
+        self._conditioning: Conditions = {}
+        if not callable(conditioning):
+            model.fuser.check(conditioning or {})
+            self._conditioning = {name: part.expand(batch_size) for name, part in (conditioning or {}).items()}
         self._generators = item_generators(seeds, batch_size)
 
     def _check_inputs(self, inputs: Mapping[str, TokenBatch], batch_size: int) -> None:
@@ -241,6 +256,9 @@ class SlidingWindowDecoder:
 
     def _conditions_of(self, items: Tensor, window: range) -> Conditions:
         """Select the conditions of `items` for a window."""
+        if self._condition_window is not None:
+            conditions, batch = self._condition_window(window), len(self._requested)
+            return {name: part.expand(batch).select(items) for name, part in conditions.items()}
         selected = {name: part.select(items) for name, part in self._conditioning.items()}
         for name, part in selected.items():
             if self._model.fuser.specs[name].way == "sum" and part.mask.shape[1] > 1:

@@ -182,17 +182,9 @@ class StageTask:
 
     def _states(self, texts: Sequence[str | None] | None) -> ConditionTensor | None:
         """Encode the captions of a batch with the text encoder; return None if no item has a caption."""
-        present = [(item, text) for item, text in enumerate(texts or []) if text is not None]
-        if self.text_conditioner is None or texts is None or not present:
+        if self.text_conditioner is None or texts is None:
             return None
-        device = self.transformer.device
-        self.text_conditioner.to(device)
-        states = self.text_conditioner.forward([text for _, text in present])
-        items = torch.tensor([item for item, _ in present], device=device)
-        embeddings = states.embeddings.new_zeros(len(texts), *states.embeddings.shape[1:]).to(device)
-        mask = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=device)
-        embeddings[items], mask[items] = states.embeddings.to(device), states.mask.to(device)
-        return ConditionTensor(embeddings, mask)
+        return self.text_conditioner.states_of(texts, self.transformer.device)
 
 
 def _drop_levels(conditioning: ConditionTensor, probability: float) -> ConditionTensor:

@@ -1,7 +1,7 @@
 """The token language model that is the base of every stage."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -60,7 +60,8 @@ class TokenTransformer(SavedModule):
         text_dim: Width of the text states; None = the model is not conditioned on text states.
         text_as: How text states enter the model: `cross` (cross-attention in every block) or `prefix` (prepended before
             the codes).
-        conditions: Further conditions by name, as `ConditionSpec` or as a dict of its fields.
+        conditions: Further conditions by name, as `ConditionSpec` or as a dict of its fields. The name `text` replaces
+            the `ConditionSpec` that `text_dim` and `text_as` stand for.
         **stack: Further arguments of `Transformer`: positions, kv_heads, checkpoint_blocks, forget_prob.
     """
 
@@ -107,9 +108,12 @@ class TokenTransformer(SavedModule):
             for name, spec in (conditions or {}).items()
         }
         if further:
-            self._config["conditions"] = {name: asdict(spec) for name, spec in further.items()}
-        if further.keys() & {"codes", "text"}:
-            raise ValueError("codes and text are set by cond_dim and text_dim; choose other names for `conditions`")
+            self._config["conditions"] = {name: spec.to_dict() for name, spec in further.items()}
+        if "codes" in further or ("text" in further and further["text"].dim != text_dim):
+            raise ValueError(
+                "codes and text are set by cond_dim and text_dim; choose other names for `conditions`, or set text_dim "
+                "to the width of the condition text"
+            )
         specs |= further
         cross = any(spec.way == "cross" for spec in specs.values())
         self.transformer = Transformer(**sizes, dropout=dropout, cross=cross, **stack)

@@ -62,6 +62,8 @@ class CachedTransformer:
         keys_values: list[tuple[Tensor, Tensor]] = []
         normalised = self.transformer(x, conditions, keys_values=keys_values)
         self._num_prefix, self._row_sums = conditions.num_rows, conditions.row_sums
+        padding = conditions.prefix_padding
+        self._num_padding = torch.zeros_like(self._buffers.positions) if padding is None else padding.to(x.device)
         known = [conditions.num_rows + count for count in counts]
         self._buffers.start(num_positions, conditions, known)
         self._buffers.set_extent(max(known))
@@ -87,7 +89,7 @@ class CachedTransformer:
             index = (buffers.positions - self._num_prefix).clamp(max=self._row_sums.shape[1] - 1)
             buffers.x.add_(self._row_sums[buffers.items, index])
         if stack.sinusoidal is not None:
-            buffers.x.add_(stack.sinusoidal(buffers.positions))
+            buffers.x.add_(stack.sinusoidal(buffers.positions - self._num_padding))
         if stack.relative is not None:
             bias = stack.relative(buffers.positions.unsqueeze(1), buffers.extent)[:, :, 0]
             torch.add(bias.reshape(buffers.bias.shape), buffers.visible, out=buffers.bias)

@@ -265,7 +265,11 @@ class Transformer(nn.Module):
         if conditions.prefix is not None:
             x = torch.cat((conditions.prefix.to(x.dtype), x), dim=1)
         if self.sinusoidal is not None:
-            x = x + self.sinusoidal(torch.arange(x.shape[1], device=x.device)).to(x.dtype)
+            places = torch.arange(x.shape[1], device=x.device)
+            if conditions.prefix_padding is not None:  # position 0 is the first row after the padding
+                padding = conditions.prefix_padding.to(x.device)
+                places = (places - rearrange(padding, "b -> b 1")).clamp(min=0)
+            x = x + self.sinusoidal(places).to(x.dtype)
         return x
 
     def _attention_context(

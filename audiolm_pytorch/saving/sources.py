@@ -39,6 +39,7 @@ def find_folder(
     cache_dir: str | Path | None = None,
     allow_noncommercial: bool = False,
     needs: Sequence[str] = (),
+    files: Sequence[str] | None = None,
 ) -> tuple[Path, str | None]:
     """Return the local folder of a model, and its commit on the hub (None for a local folder).
 
@@ -48,6 +49,7 @@ def find_folder(
 
     Args:
         needs: A local folder with none of these files is skipped if it has the name of a bundled model.
+        files: Names of the files to download; None = all files except pickles.
     """
     folder, commit = Path(source).expanduser(), None
     is_model = folder.is_dir() and (not needs or any((folder / name).is_file() for name in needs))
@@ -59,7 +61,7 @@ def find_folder(
                 f"there is no folder {source}; pass an existing folder, a hub id like owner/name, or the name of a "
                 f"bundled model: {', '.join(bundled_models())}"
             )
-        folder = _downloaded(source, offline, revision, cache_dir)
+        folder = _downloaded(source, offline, revision, cache_dir, _FILES if files is None else files)
         commit = folder.name
     _check_licence(str(source), licence_of(folder, source), allow_noncommercial)
     return folder, commit
@@ -106,11 +108,13 @@ def _check_licence(source: str, licence: str | None, allow_noncommercial: bool) 
         logger.log(logging.WARNING if restricted else logging.INFO, "%s: licence of the weights %s", source, licence)
 
 
-def _downloaded(source: str, offline: bool, revision: str | None, cache_dir: str | Path | None) -> Path:
+def _downloaded(
+    source: str, offline: bool, revision: str | None, cache_dir: str | Path | None, files: Sequence[str]
+) -> Path:
     """Return the folder of a hub id in the local cache; files that the cache lacks are downloaded."""
     try:
         snapshot = import_module("huggingface_hub").snapshot_download(
-            source, revision=revision, cache_dir=cache_dir, allow_patterns=_FILES, local_files_only=offline
+            source, revision=revision, cache_dir=cache_dir, allow_patterns=list(files), local_files_only=offline
         )
     except (OSError, ValueError) as error:
         where = "the local cache (offline: nothing is downloaded)" if offline else "the Hugging Face hub"

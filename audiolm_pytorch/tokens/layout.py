@@ -37,6 +37,8 @@ class TokenLayout:
       The next `lookahead_frames` frames of an input stream have further columns, which are empty after its end.
     - `parallel` is the pattern `delayed` without delays.
 
+    In both, a stream with a filler (`Stream.filler`) has its filler id wherever its columns contain no token.
+
     Attributes:
         inputs: Streams that the model reads and does not predict.
         predicted: Streams that the model predicts, at least one.
@@ -66,6 +68,10 @@ class TokenLayout:
             raise ValueError(
                 f"got lookahead_frames for {ahead} in the flat pattern, in which predicted tokens follow all input "
                 "tokens; use the delayed or parallel pattern, or set lookahead_frames=0"
+            )
+        if pattern == "flat" and any(stream.filler for stream in self.streams):
+            raise ValueError(
+                "got a stream with a filler in the flat pattern, which has no cells to fill; set it to False"
             )
         rates_hz = {stream.name: str(stream.exact_hz) for stream in self.predicted}
         if pattern != "flat" and len(set(rates_hz.values())) > 1:

@@ -118,7 +118,8 @@ def _framewise(
     """Yield tokens with one row per predicted frame; residual level k is delayed by `k * level_delay` rows.
 
     The token of an input stream is in the row that predicts the frame at the time of the token. Look-ahead tokens that
-    do not exist, at the end of an input stream, are missing in their row.
+    do not exist, at the end of an input stream, are missing in their row. A stream with a filler has its filler id in
+    all other cells of its columns, also in row 0, which then needs no start token.
     """
     predicted = [index for index, stream in enumerate(streams) if not stream.is_input]
     if len({counts[index] for index in predicted}) > 1:
@@ -142,14 +143,23 @@ def _framewise(
                 for level in range(stream.num_levels):
                     yield _Cells(column, blocks[index, level, True] + ahead, frames[exists], later[exists])
                     column += 1
-    yield _Cells(column, _START, _ZERO, _ZERO)  # row 0 of the first predicted column is free
+    num_rows = 1 + num_frames + max(level_delay * _last_delay(streams[index]) for index in predicted)
+    if not streams[predicted[0]].filler:
+        yield _Cells(column, _START, _ZERO, _ZERO)  # row 0 of the first predicted column is free
     for index in predicted:
         for level in range(streams[index].num_levels):
             delay = level // streams[index].num_groups * level_delay
+            if streams[index].filler:  # first, because later cells replace earlier ones
+                yield _Cells(column, blocks[index, level, False], torch.arange(num_rows), torch.zeros(num_rows).long())
             yield _Cells(column, blocks[index, level, True], 1 + delay + frames, frames)
             if level == 0 and streams[index].eos and ends:
                 yield _Cells(column, blocks[index, 0, False], _ZERO + 1 + num_frames, _ZERO + num_frames)
             column += 1
+
+
+def _last_delay(stream: Stream) -> int:
+    """Delay of the last level of a stream in the delayed pattern, in rows."""
+    return (stream.num_levels - 1) // stream.num_groups
 
 
 def _covering_frames(source: Stream, predicted: Stream, frames: Tensor) -> Iterator[Tensor]:

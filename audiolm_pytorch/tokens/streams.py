@@ -58,6 +58,8 @@ class Stream:
             ids of their own; not for the flat pattern, in which predicted streams follow all input tokens.
         guided: Whether training drops the tokens of an input stream together with the conditions, and guidance is also
             along this stream. Input streams without a `rate_hz` are always guided.
+        filler: Whether every level of a predicted stream has a filler id, which fills the cells of the level that
+            contain no token, as the special token of MusicGen; not for the flat pattern.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Stream:
     num_groups: int = 1
     lookahead_frames: int = 0
     guided: bool = False
+    filler: bool = False
 
     def __post_init__(self) -> None:
         numbers = {name: getattr(self, name) for name in ("vocab_size", "num_levels", "rate_hz", "num_groups")}
@@ -96,6 +99,8 @@ class Stream:
             )
         if self.guided and not self.is_input:
             raise ValueError(f"stream '{self.name}' is predicted, so it cannot be guided; set is_input=True")
+        if self.filler and (self.is_input or self.eos):
+            raise ValueError(f"stream '{self.name}' has a filler, so it must be predicted and cannot have an eos id")
 
     @property
     def is_in_time(self) -> bool:
@@ -119,7 +124,9 @@ class Stream:
         fields = {**asdict(self), "rate_hz": str(self.exact_hz) if self.is_in_time else None}
         fields["given"] = fields.pop("is_input")  # the key in saved files
         # Without default values, as in files from before these fields.
-        return {key: value for key, value in fields.items() if value or key not in ("lookahead_frames", "guided")}
+        return {
+            key: value for key, value in fields.items() if value or key not in ("lookahead_frames", "guided", "filler")
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Stream":
@@ -157,7 +164,7 @@ class Head:
 
 @dataclass(frozen=True)
 class IdBlock:
-    """Range of ids for the tokens of one level, or the single id of a special token (start, end or null token).
+    """Range of ids for the tokens of one level, or the single id of a special token (start, end, filler or null token).
 
     Attributes:
         stream: Index of the stream; -1 for the start token and the null token.
@@ -177,7 +184,7 @@ class IdBlock:
 
 
 def number_ids(streams: Sequence[Stream]) -> tuple[tuple[IdBlock, ...], tuple[Head, ...], int]:
-    """Assign id ranges without overlap to the start token, each level and end of each stream, and the null token.
+    """Assign id ranges without overlap to the start token, each level, end and filler of streams, and the null token.
 
     Returns:
         The id ranges, the output heads and the number of ids. The first id range is that of the start token. If any
@@ -197,6 +204,9 @@ def number_ids(streams: Sequence[Stream]) -> tuple[tuple[IdBlock, ...], tuple[He
                 next_id += stream.vocab_size
             if has_eos:  # directly after the level, so that the ids of a head are contiguous
                 blocks.append(IdBlock(index, level, next_id, False, head))
+                next_id += 1
+            if stream.filler:
+                blocks.append(IdBlock(index, level, next_id, False, -1))
                 next_id += 1
     if not all(stream.is_in_time for stream in streams):
         blocks.append(IdBlock(stream=-1, level=0, first_id=next_id, is_token=False, head=-1))

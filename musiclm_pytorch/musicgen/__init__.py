@@ -1,0 +1,1 @@
+"""MusicGen and AudioGen: codec tokens from texts and melodies with one language model."""

@@ -1,0 +1,158 @@
+"""The inputs of MusicGen: texts per window, audio prompts and melodies, for one item or for several items."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from beartype import beartype
+from torch import Tensor
+
+from audiolm_pytorch.audio.resample import resample
+from audiolm_pytorch.audio.waves import check_rate, with_channels
+from audiolm_pytorch.generation.prompts import read_prompts
+from audiolm_pytorch.generation.request import Prompt
+from audiolm_pytorch.generation.sampling import SamplingSettings
+from musiclm_pytorch.musicgen.chroma import ChromaConditioner
+
+__all__ = ["AudioInput", "Melody", "MusicRequest", "TextInput"]
+
+# One text, or a text per item; a list in place of a text has one text per window.
+TextInput = str | Sequence[str | Sequence[str | None] | None]
+# Waves `[n]`, `[b, n]` or `[b, c, n]`, a file, or one wave `[n]` or `[c, n]`, file or None per item.
+AudioInput = Prompt | np.ndarray | Sequence[Prompt | np.ndarray | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Melody:
+    """Melody of one item: a mono wave `[n]` at the rate of the `ChromaConditioner`, or chroma vectors `[f, 12]`."""
+
+    wave: Tensor | None = None
+    frames: Tensor | None = None
+
+    def window(self, chroma: ChromaConditioner, start_seconds: float | None) -> Tensor:
+        """Return the condition `[num_frames, 12]` of a window.
+
+        The melody is moved to the start of the window, and repeated to the end of the window. With
+        `start_seconds=None`, the music has only one window, and the frames of a short melody are repeated instead.
+        """
+        if self.frames is not None:
+            hop_seconds = chroma.hop_samples / chroma.sample_hz
+            first = 0 if start_seconds is None else round(start_seconds / hop_seconds)
+            return chroma.expand(self.frames.roll(-first, dims=0).unsqueeze(0))[0]
+        wave = torch.zeros(1) if self.wave is None else self.wave
+        longest = (chroma.num_frames - 1) * chroma.hop_samples + chroma.hop_samples // 2
+        if start_seconds is None:
+            return chroma(wave[:longest])[0]
+        places = round(start_seconds * chroma.sample_hz) + torch.arange(longest)
+        return chroma(wave[places % len(wave)])[0]
+
+
+@beartype
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MusicRequest:
+    """Arguments of `MusicGen.generate`, which documents them."""
+
+    texts: TextInput | None = None
+    num_samples: int | None = None
+    seconds: float | int | None = None
+    prompt: AudioInput | None = None
+    prompt_sample_hz: int | None = None
+    melody: AudioInput | None = None
+    melody_sample_hz: int | None = None
+    seeds: int | Sequence[int] | None = None
+    temperature: float | int = 1.0
+    top_k: int | None = 250
+    top_p: float | int | None = None
+    guidance_scale: float | int = 3.0
+    stride_seconds: float | int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges of the numbers."""
+        if self.seconds is not None and not 0 < self.seconds < inf:
+            raise ValueError(f"seconds must be positive and finite, got {self.seconds}")
+        if self.num_samples is not None and self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
+        for name in ("prompt_sample_hz", "melody_sample_hz"):
+            if getattr(self, name) is not None:
+                check_rate(getattr(self, name), name)
+
+    @property
+    def settings(self) -> SamplingSettings:
+        """Sampling settings."""
+        return SamplingSettings(self.temperature, self.top_k, self.top_p, self.guidance_scale)
+
+    def text_schedules(self) -> list[list[str | None]]:
+        """Return the texts of the windows of every item; an empty text becomes None."""
+        texts = [self.texts] if isinstance(self.texts, str) else list(self.texts or [])
+        schedules = [[text] if text is None or isinstance(text, str) else list(text) for text in texts]
+        for item, schedule in enumerate(schedules):
+            if not schedule or not all(text is None or isinstance(text, str) for text in schedule):
+                raise ValueError(f"texts of item {item} must be a str, None, or a list of them, got {schedule!r:.200}")
+        return [[text if text and text.strip() else None for text in schedule] for schedule in schedules]
+
+    def prompts(self, sample_hz: int) -> list[tuple[Tensor, int]]:
+        """Return wave `[c, n]` and rate of every prompt; `sample_hz` is the rate of waves without a rate."""
+        hz = self.prompt_sample_hz or sample_hz
+        empty = torch.zeros(1, 0), hz
+        return [empty if item is None else read_prompts([item], hz)[0] for item in _items(self.prompt)]
+
+    def melodies(self, sample_hz: int, chroma: ChromaConditioner | None) -> list[Melody | None]:
+        """Return the melody of every item; `sample_hz` is the rate of waves without a rate."""
+        items = _items(self.melody, may_be_chroma=True)
+        if chroma is None:
+            if items:
+                raise ValueError("the model has no melody condition; omit melody, or use a model with a melody")
+            return []
+        melodies: list[Melody | None] = []
+        for item in items:
+            if isinstance(item, Tensor) and _is_chroma(item):
+                melodies.append(Melody(frames=item.float()))
+            elif item is None:
+                melodies.append(None)
+            else:
+                wave, hz = read_prompts([item], self.melody_sample_hz or sample_hz)[0]
+                if not wave.shape[-1]:
+                    raise ValueError("got a melody without samples; pass a longer melody, or None for no melody")
+                mono = with_channels(wave, 1, "the melody")
+                melodies.append(Melody(wave=resample(mono, hz, chroma.sample_hz)[0]))
+        return melodies
+
+    def num_items(self, **inputs: int) -> int:
+        """Return the number of items b. Raises ValueError if the numbers of items of `inputs` by name differ."""
+        sizes = {name: size for name, size in inputs.items() if size}
+        if self.num_samples is not None:
+            sizes["num_samples"] = self.num_samples
+        if self.seeds is not None and not isinstance(self.seeds, int):
+            sizes["seeds"] = len(self.seeds)
+        several = {size for size in sizes.values() if size != 1}
+        if len(several) > 1 or 0 in several:
+            raise ValueError(f"inputs have different numbers of items, {sizes}; pass 1 or the same number for each")
+        return several.pop() if several else 1
+
+    def item_seeds(self, batch: int) -> list[int]:
+        """Return the seed of every item."""
+        first = torch.randint(2**62, (batch,)).tolist() if self.seeds is None else self.seeds
+        seeds = [first + item for item in range(batch)] if isinstance(first, int) else list(first)
+        return seeds * batch if len(seeds) == 1 else seeds
+
+
+def _is_chroma(item: Tensor) -> bool:
+    return item.ndim == 2 and item.shape[1] == ChromaConditioner.num_classes
+
+
+def _items(value: Any, may_be_chroma: bool = False) -> list[Prompt | None]:
+    """Split an `AudioInput` into the waves or files of its items; arrays become tensors."""
+    if value is None:
+        return []
+    if isinstance(value, (str, Path)):
+        return [value]
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if isinstance(value, Tensor):
+        is_one = value.ndim == 1 or (may_be_chroma and _is_chroma(value))
+        return [value] if is_one else list(value)
+    return [torch.from_numpy(item) if isinstance(item, np.ndarray) else item for item in value]

@@ -1,0 +1,114 @@
+"""The language model of MusicGen: one stage that predicts all levels of a codec."""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any, Literal
+
+from beartype import beartype
+
+from audiolm_pytorch.conditioning.fuser import ConditionSpec
+from audiolm_pytorch.lm.stage_transformer import StageTransformer, TokenSource
+from audiolm_pytorch.saving.modules import register
+from audiolm_pytorch.tokens.streams import Stream, exact_rate
+from musiclm_pytorch.musicgen.chroma import ChromaConditioner
+
+__all__ = ["MusicGenTransformer"]
+
+_OWN = ("text", "melody")  # conditions with arguments of their own
+
+
+@register
+class MusicGenTransformer(StageTransformer):
+    """Language model that predicts all codec levels with a delay of one row per level (arXiv:2306.05284, sec. 2).
+
+    The blocks have layer norms with biases, and projections without biases. Positions are sinusoidal. Every level has a
+    special token in all cells without a code. Texts enter by cross-attention. In models with a melody, the melody and
+    the texts are a prefix instead.
+
+    Args:
+        codebook_size: Number of codes of every level.
+        num_codebooks: Number of codes per frame, over all levels and channels.
+        num_groups: Number of codes that have the same delay; 2 for stereo with interleaved codes of both channels.
+        rate_hz: Frames per second.
+        text_dim: Width of the states of the text encoder; None = no texts.
+        melody_frames: Number of frames of the melody, see `ChromaConditioner`; None = no melody.
+        melody_drop_prob: Probability that training drops only the melody of an item.
+        cond_drop_prob: Probability that training drops all conditions of an item.
+        max_seconds: Longest duration that the model was trained on; longer audio is generated in windows.
+        conditions: Further conditions by name, see `TokenTransformer`.
+        token_fingerprints: See `StageTransformer`.
+        checkpoint_blocks: See `Transformer`.
+    """
+
+    namespace = "musicgen"
+
+    @beartype
+    def __init__(
+        self,
+        *,
+        dim: int = 1024,
+        depth: int = 24,
+        heads: int = 16,
+        dim_head: int = 64,
+        ff_mult: float | int = 4,
+        dropout: float | int = 0.0,
+        codebook_size: int = 2048,
+        num_codebooks: int = 4,
+        num_groups: int = 1,
+        rate_hz: float | int | str | Fraction = 50,
+        text_dim: int | None = 768,
+        melody_frames: int | None = None,
+        melody_drop_prob: float | int = 0.5,
+        cond_drop_prob: float | int = 0.3,
+        max_seconds: float | int | None = 30,
+        conditions: Mapping[str, ConditionSpec | Mapping[str, Any]] | None = None,
+        token_fingerprints: Mapping[str, str] | None = None,
+        checkpoint_blocks: bool = False,
+    ) -> None:
+        further = dict(conditions or {})
+        if text_dim is not None:
+            way: Literal["cross", "prepend"] = "cross" if melody_frames is None else "prepend"
+            null_tokens: Literal["all"] | None = None if melody_frames is None else "all"
+            text = ConditionSpec(text_dim, way, null="zero", null_tokens=null_tokens, projection="linear")
+            further = {"text": text, **further}
+        if melody_frames is not None:  # the last prefix condition is the first in the sequence
+            further["melody"] = ConditionSpec(
+                ChromaConditioner.num_classes,
+                null="first",
+                null_tokens=melody_frames,
+                drop_prob=melody_drop_prob,
+                projection="linear",
+            )
+        stream = Stream(
+            "acoustic", codebook_size, num_codebooks, exact_rate(rate_hz), num_groups=num_groups, filler=True
+        )
+        super().__init__(
+            sources={"acoustic": TokenSource("acoustic", 0, num_codebooks)},
+            config={},
+            streams=[stream],
+            pattern="delayed",
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            dim_head=dim_head,
+            ff_mult=ff_mult,
+            dropout=dropout,
+            text_dim=text_dim,
+            cond_drop_prob=cond_drop_prob,
+            max_seconds=max_seconds,
+            conditions=further,
+            token_fingerprints=token_fingerprints,
+            checkpoint_blocks=checkpoint_blocks,
+            norm="layer",
+            feed_forward="gelu",
+            positions="sinusoidal",
+        )
+        sizes = {"dim": dim, "depth": depth, "heads": heads, "dim_head": dim_head, "ff_mult": ff_mult}
+        codes = {"codebook_size": codebook_size, "num_codebooks": num_codebooks, "num_groups": num_groups}
+        self.melody_frames = melody_frames
+        self._config: dict[str, Any] = {
+            **{**sizes, **codes, "rate_hz": str(rate_hz), "dropout": dropout, "text_dim": text_dim},
+            **{"melody_frames": melody_frames, "melody_drop_prob": melody_drop_prob, "cond_drop_prob": cond_drop_prob},
+            "checkpoint_blocks": checkpoint_blocks,
+            "conditions": {name: spec.to_dict() for name, spec in self.fuser.specs.items() if name not in _OWN},
+        }

@@ -1,0 +1,102 @@
+"""MusicGen against the models of transformers, with small random weights in the files that transformers writes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from audiolm_pytorch.conditioning.base import ConditionTensor
+from musiclm_pytorch.musicgen.musicgen import MusicGen
+
+transformers = pytest.importorskip("transformers")
+
+from tests.helpers.published_musicgen import VOCAB, oracle, write_musicgen  # noqa: E402
+
+TEXTS = ["slow piano ballad", "Fast violin jig with drums"]
+KINDS: dict[str, dict[str, Any]] = {"mono": {}, "stereo": {"channels": 2}, "audiogen": {"audiogen": True}}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One folder per kind of model."""
+    root = tmp_path_factory.mktemp("models")
+    return {name: write_musicgen(root / name, **options) for name, options in KINDS.items()}
+
+
+def text_inputs(folder: Path, texts: list[str]) -> dict[str, Tensor]:
+    """Token ids and mask of texts, as the tokenizer of the folder computes them."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    encoded = [tokenizer(text, truncation=False, padding=False)["input_ids"] for text in texts]
+    longest = max(map(len, encoded))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in encoded])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in encoded])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def grid_of(codes: Tensor, channels: int) -> Tensor:
+    """Rows `[b * k, rows]` of codes `[b, f, k]` in the delay pattern, written out by hand."""
+    batch, frames, levels = codes.shape
+    delays = [level // channels for level in range(levels)]
+    rows = torch.full((batch, levels, 1 + frames + max(delays)), VOCAB)
+    for level, delay in enumerate(delays):
+        rows[:, level, 1 + delay : 1 + delay + frames] = codes[..., level]
+    return rows.flatten(0, 1)
+
+
+def own_logits(model: MusicGen, codes: Tensor, texts: list[str | None]) -> Tensor:
+    """Logits `[b, levels, rows, vocab]` of the language model."""
+    states = None if model.text_conditioner is None else model.text_conditioner.states_of(texts, model.device)
+    packed = model.transformer.layout.pack({"acoustic": codes})
+    conditions: dict[str, ConditionTensor] = {} if states is None else {"text": states}
+    hidden = model.transformer.hidden(packed.ids, packed.input_mask, model.transformer.fuse(conditions, len(codes)))
+    return torch.stack([model.transformer.logits(hidden, head) for head in range(codes.shape[-1])], dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_those_of_transformers(folders: dict[str, Path], kind: str) -> None:
+    """All rows of all levels, with texts of unequal length and without a text, to 1e-5."""
+    model, reference = MusicGen.from_pretrained(folders[kind]), oracle(folders[kind])
+    channels = model.codec.channels
+    codes = torch.randint(VOCAB, (2, 12, 4 * channels))
+    ids = grid_of(codes, channels)
+    expected = reference(**text_inputs(folders[kind], TEXTS), decoder_input_ids=ids).logits
+    torch.testing.assert_close(own_logits(model, codes, TEXTS).flatten(0, 1), expected, atol=1e-5, rtol=1e-5)
+    # Without a text, the states are zero.
+    nothing = torch.zeros(2, 3, model.transformer.transformer.dim)
+    mask = torch.ones(2, 3, dtype=torch.long)
+    expected = reference.decoder(ids, encoder_hidden_states=nothing, encoder_attention_mask=mask).logits
+    torch.testing.assert_close(own_logits(model, codes, [None, None]).flatten(0, 1), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt_frames", [0, 6], ids=["no_prompt", "prompt"])
+@pytest.mark.parametrize("scale", [1.0, 3.0], ids=["no_guidance", "guidance"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_tokens_equal_those_of_transformers(
+    folders: dict[str, Path], kind: str, scale: float, prompt_frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames and 3 new rows in transformers are the frames of this library, and the waves are equal to 1e-5."""
+    model, reference = MusicGen.from_pretrained(folders[kind]), oracle(folders[kind])
+    channels, factor, frames = model.codec.channels, model.codec.downsample_factor, 20
+    prompt = 0.3 * torch.randn(2, channels, prompt_frames * factor) if prompt_frames else None
+    decoded: list[Tensor] = []
+    decode = reference.audio_encoder.decode
+    monkeypatch.setattr(
+        reference.audio_encoder,
+        "decode",
+        lambda codes, *args, **kw: (decoded.append(codes), decode(codes, *args, **kw))[1],
+    )
+    audio = {} if prompt is None else {"input_values": prompt, "padding_mask": torch.ones(2, prompt.shape[-1])}
+    new_tokens = frames - prompt_frames + (3 if prompt is None else 3)
+    waves = reference.generate(
+        **text_inputs(folders[kind], TEXTS), **audio, do_sample=False, guidance_scale=scale, max_new_tokens=new_tokens
+    )
+    music = model.generate(
+        texts=TEXTS, prompt=prompt, seconds=frames / 50, temperature=0, guidance_scale=scale, seeds=0
+    )
+    expected = torch.stack(decoded, dim=-1)[0].permute(0, 2, 1, 3).flatten(2)  # levels and channels alternate
+    assert torch.equal(music.tokens, expected)
+    torch.testing.assert_close(torch.stack(music.waves).view_as(waves), waves, atol=1e-5, rtol=1e-5)
