@@ -19,6 +19,7 @@ ARGUMENTS = {
     "SemanticTransformer": STAGE,
     "CoarseTransformer": {**STAGE, "codebook_size": 16, "num_coarse_quantizers": 2},
     "FineTransformer": {**MODELS, "codebook_size": 16, "num_coarse_quantizers": 2, "num_fine_quantizers": 2},
+    "MusicGenTransformer": {**MODELS, "codebook_size": 16, "num_codebooks": 2, "num_groups": 1, "rate_hz": 50},
     "AudioSpectrogramTransformer": {**MODELS, "num_mels": 16, "spec_n_fft": 512},
     "TextTransformer": {**MODELS, "num_tokens": 256},
     "SpectralSoundStream": {"dim": 16, "encoder_depth": 1, "decoder_depth": 1, "hop_samples": 40, "code_dim": 4},
@@ -66,6 +67,7 @@ def test_all_exported_modules_are_listed_or_need_other_models():
     wrappers = {"AudioLM", "MusicLM", "KMeansTokenizer", "TextConditioner", "TransformersTextEncoder", "ClapMuLaN"}
     wrappers |= {"DacWrapper", "EncodecWrapper", "MimiWrapper", "FairseqVQWav2Vec", "HubertWithKmeans"}
     wrappers |= {"Codec", "FrameEncoder", "JointEmbedding", "SemanticTokenizer"}
+    wrappers |= {"MusicGen", "AudioGen"}  # of a codec
     wrappers |= {"SigmoidContrastiveLearning", "SoftmaxContrastiveLearning"}
     wrappers |= {f"{stage}TransformerWrapper" for stage in ("Semantic", "Coarse", "Fine")}
     for package in (audiolm_pytorch, musiclm_pytorch):

@@ -61,6 +61,9 @@ class ConditionSpec:
 class _Condition(nn.Module):
     """Projection of one condition to the width of a transformer, with the null embedding for a missing condition."""
 
+    null: Tensor
+    zero: Tensor
+
     def __init__(self, spec: ConditionSpec, dim: int) -> None:
         super().__init__()
         self.spec = spec

@@ -43,7 +43,7 @@ def randomised(model: nn.Module) -> nn.Module:
             if name.startswith("audio_encoder"):
                 continue
             noise = torch.randn(tensor.shape)
-            tensor.copy_(tensor + 0.3 * noise if tensor.ndim == 1 else 1.5 * noise * tensor.shape[-1] ** -0.5)
+            tensor.copy_(tensor + 0.3 * noise if tensor.ndim == 1 else noise * tensor.shape[-1] ** -0.5)
         for name, buffer in model.named_buffers():
             if name.endswith("codebook.embed"):
                 buffer.copy_(torch.randn(buffer.shape))
