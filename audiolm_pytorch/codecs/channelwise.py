@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from beartype import beartype
+from audiolm_pytorch.checks.types import typed
 from einops import rearrange
 from torch import Tensor
 
@@ -21,7 +21,7 @@ class ChannelwiseCodec(Codec):
     not supported.
     """
 
-    @beartype
+    @typed
     def __init__(self, codec: Codec, channels: int = 2) -> None:
         super().__init__()
         if codec.channels != 1 or codec.has_scales or channels < 1:

@@ -4,7 +4,7 @@ from math import ceil
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
+from audiolm_pytorch.checks.types import typed
 from torch import Tensor
 
 from audiolm_pytorch.audio.padding import items_by_length
@@ -28,14 +28,14 @@ class ChromaConditioner:
 
     num_classes = 12
 
-    @beartype
+    @typed
     def __init__(self, num_frames: int = 235, sample_hz: int = 32_000, n_fft: int = 2**14) -> None:
         if num_frames < 1 or n_fft < 4 or n_fft % 4:
             raise ValueError(f"need num_frames >= 1 and n_fft a multiple of 4, got {num_frames} and {n_fft}")
         self.num_frames, self.sample_hz, self.n_fft, self.hop_samples = num_frames, sample_hz, n_fft, n_fft // 4
         self._filters: Tensor | None = None
 
-    @beartype
+    @typed
     def __call__(self, waves: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Return the one-hot vectors `[b, num_frames, 12]` float32 of waves `[b, n]` with `lengths [b]` samples."""
         waves = mono_waves(waves, lengths, name="melody")

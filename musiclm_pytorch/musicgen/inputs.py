@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from beartype import beartype
+from audiolm_pytorch.checks.types import typed
 from torch import Tensor
 
 from audiolm_pytorch.audio.resample import resample
@@ -51,7 +51,7 @@ class Melody:
         return chroma(wave[places % len(wave)])[0]
 
 
-@beartype
+@typed
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MusicRequest:
     """Arguments of `MusicGen.generate`, which documents them."""

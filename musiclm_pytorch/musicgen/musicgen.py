@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
 import torch
-from beartype import beartype
+from audiolm_pytorch.checks.types import typed
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.units import frames_inside, samples_covering
@@ -69,7 +69,7 @@ class MusicGen(nn.Module):
     # Distance of the starts of two windows, as a share of a window: 18 s of 30 s.
     stride_share: ClassVar[float] = 0.6
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -111,7 +111,7 @@ class MusicGen(nn.Module):
         self.train(False)
 
     @classmethod
-    @beartype
+    @typed
     @preserve_rng()
     def from_pretrained(
         cls: type[Model],
@@ -142,7 +142,7 @@ class MusicGen(nn.Module):
         model = cls(transformer=parts.transformer, codec=parts.codec, text_conditioner=parts.text_conditioner)
         return model.to(device)
 
-    @beartype
+    @typed
     def save_pretrained(
         self, folder: str | Path, *, format: Literal["own", "transformers", "audiocraft"] = "own"
     ) -> None:
@@ -163,7 +163,7 @@ class MusicGen(nn.Module):
         """Device of the weights."""
         return self.transformer.device
 
-    @beartype
+    @typed
     def forward(
         self,
         texts: TextInput | None = None,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, Literal
 
-from beartype import beartype
+from audiolm_pytorch.checks.types import typed
 
 from audiolm_pytorch.conditioning.fuser import ConditionSpec
 from audiolm_pytorch.lm.stage_transformer import StageTransformer, TokenSource
@@ -42,7 +42,7 @@ class MusicGenTransformer(StageTransformer):
 
     namespace = "musicgen"
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,

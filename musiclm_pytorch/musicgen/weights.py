@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from beartype import beartype
+from audiolm_pytorch.checks.types import typed
 from torch import Tensor, nn
 
 from musiclm_pytorch.musicgen.transformer import MusicGenTransformer
@@ -115,7 +115,7 @@ def _groups(transformer: MusicGenTransformer, names: WeightNames) -> Iterator[tu
             yield [f"{part}.{leaf}"], [f"{name}.{leaf}"]
 
 
-@beartype
+@typed
 def lm_weights_of(
     transformer: MusicGenTransformer, weights: Mapping[str, Tensor], names: WeightNames, where: str
 ) -> dict[str, Tensor]:
@@ -145,7 +145,7 @@ def lm_weights_of(
     return converted
 
 
-@beartype
+@typed
 def lm_weights(transformer: MusicGenTransformer, names: WeightNames) -> dict[str, Tensor]:
     """Convert the weights of a language model to the names and shapes of a published format."""
     own, converted = transformer.state_dict(), dict[str, Tensor]()
@@ -157,7 +157,7 @@ def lm_weights(transformer: MusicGenTransformer, names: WeightNames) -> dict[str
     return converted
 
 
-@beartype
+@typed
 def codec_weights_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of an EnCodec in either format for an `EncodecModel` of transformers.
 
@@ -176,7 +176,7 @@ def codec_weights_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[st
     return renamed
 
 
-@beartype
+@typed
 def codec_weights(model: nn.Module) -> dict[str, Tensor]:
     """Rename the weights of an `EncodecModel` of transformers for audiocraft."""
     renamed = {}
