@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from audiolm_pytorch.checks.types import typed
 from einops import rearrange
 from torch import Tensor
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.saving.modules import build_module, module_spec, register
 

@@ -34,6 +34,7 @@ __all__ = [
     "SavedModule",
     "build_module",
     "constructor_arguments",
+    "converted",
     "load_module",
     "module_spec",
     "read_config",
@@ -146,7 +147,7 @@ def save_module(
         raise ValueError(f"entries of `extra` may not be called {reserved}, which are reserved names; rename them")
     weights = weights_of(module)
     if dtype is not None:
-        weights = {name: _converted(name, tensor, dtype) for name, tensor in weights.items()}
+        weights = {name: converted(name, tensor, dtype) for name, tensor in weights.items()}
     spec = module_spec(module)
     # Two files cannot be replaced in one step: different ids show a save that was cut between the two renames.
     save_id = digest_of(spec, weights)
@@ -249,13 +250,13 @@ class SavedModule(SharedModel):
         return published(source, **hub)
 
 
-def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a floating tensor to a dtype; raise a ValueError if a finite value becomes infinite."""
-    if not tensor.is_floating_point():
+def converted(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Convert a floating tensor to a dtype (None keeps it); raise a ValueError if a finite value becomes infinite."""
+    if dtype is None or not tensor.is_floating_point():
         return tensor
-    converted = tensor.to(dtype)
-    if not torch.equal(torch.isfinite(converted), torch.isfinite(tensor)):
+    result = tensor.to(dtype)
+    if not torch.equal(torch.isfinite(result), torch.isfinite(tensor)):
         raise ValueError(
             f"{name} has values up to {tensor.abs().max():.3g}, too large for {dtype}; save the module as float32"
         )
-    return converted
+    return result

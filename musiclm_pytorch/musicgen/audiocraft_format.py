@@ -20,6 +20,7 @@ from audiolm_pytorch.codecs.pretrained.encodec import EncodecWrapper
 from audiolm_pytorch.conditioning.base import TextEncoder
 from audiolm_pytorch.conditioning.published_text import TextConditioner
 from audiolm_pytorch.saving.files import staged_files
+from audiolm_pytorch.saving.modules import converted
 from audiolm_pytorch.saving.torch_checkpoint import TorchCheckpoint
 from musiclm_pytorch.musicgen.chroma import ChromaConditioner
 from musiclm_pytorch.musicgen.parts import (
@@ -95,7 +96,7 @@ def read_audiocraft(
     return MusicGenParts(transformer, codec, text_conditioner)
 
 
-def write_audiocraft(folder: Path, parts: MusicGenParts, guidance_scale: float = 3.0) -> None:
+def write_audiocraft(folder: Path, parts: MusicGenParts, dtype: torch.dtype | None = None) -> None:
     """Write a model that audiocraft can load, and its text encoder in the folder `text_encoder`."""
     transformer, codec = parts.transformer, published_codec(parts.codec)
     text_conditioner = published_text_encoder(parts.text_conditioner)
@@ -127,7 +128,7 @@ def write_audiocraft(folder: Path, parts: MusicGenParts, guidance_scale: float =
         },
         "fuser": fuser,
         "conditioners": conditioners,
-        "classifier_free_guidance": {"training_dropout": transformer.cond_drop_prob, "inference_coef": guidance_scale},
+        "classifier_free_guidance": {"training_dropout": transformer.cond_drop_prob, "inference_coef": 3.0},
         "interleave_stereo_codebooks": {"use": stream.num_groups == 2, "per_timestep": False},
         "compression_model_n_q": stream.num_levels,
     }
@@ -147,8 +148,8 @@ def write_audiocraft(folder: Path, parts: MusicGenParts, guidance_scale: float =
     }
     write_text_encoder(folder / _TEXT_FOLDER, text_conditioner)
     with staged_files(folder) as stage:
-        _write(stage / AUDIOCRAFT_FILES[1], codec_weights(codec.model), codec_settings)
-        _write(stage / AUDIOCRAFT_FILES[0], weights, settings)
+        _write(stage / AUDIOCRAFT_FILES[1], codec_weights(codec.model), codec_settings, None)
+        _write(stage / AUDIOCRAFT_FILES[0], weights, settings, dtype)
 
 
 # Settings of SEANet in audiocraft, and in the `EncodecConfig` of transformers.
@@ -230,9 +231,10 @@ def _resolved(value: Any, root: Mapping[str, Any], depth: int = 0) -> Any:
     return value if target == value else _resolved(target, root, depth + 1)
 
 
-def _write(path: Path, weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+def _write(path: Path, weights: Mapping[str, Tensor], settings: Mapping[str, Any], dtype: torch.dtype | None) -> None:
+    weights = {name: converted(name, tensor, dtype) for name, tensor in weights.items()}
     text = import_module("yaml").safe_dump(dict(settings), sort_keys=False)
-    torch.save({"best_state": dict(weights), "xp.cfg": text, "version": "1.3.0", "exported": True}, path)
+    torch.save({"best_state": weights, "xp.cfg": text, "version": "1.3.0", "exported": True}, path)
 
 
 def _check_fixed(path: Path, settings: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:

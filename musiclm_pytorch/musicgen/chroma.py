@@ -4,11 +4,11 @@ from math import ceil
 
 import torch
 import torch.nn.functional as F
-from audiolm_pytorch.checks.types import typed
 from torch import Tensor
 
 from audiolm_pytorch.audio.padding import items_by_length
 from audiolm_pytorch.audio.waves import mono_waves
+from audiolm_pytorch.checks.types import typed
 from musiclm_pytorch.evaluation.metrics.chroma import chroma_filters
 
 __all__ = ["ChromaConditioner"]

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from audiolm_pytorch.checks.types import typed
 from torch import Tensor
 
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audio.waves import check_rate, with_channels
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.generation.prompts import read_prompts
 from audiolm_pytorch.generation.request import Prompt
 from audiolm_pytorch.generation.sampling import SamplingSettings
@@ -58,17 +58,17 @@ class MusicRequest:
 
     texts: TextInput | None = None
     num_samples: int | None = None
-    seconds: float | int | None = None
+    seconds: float | None = None
     prompt: AudioInput | None = None
     prompt_sample_hz: int | None = None
     melody: AudioInput | None = None
     melody_sample_hz: int | None = None
     seeds: int | Sequence[int] | None = None
-    temperature: float | int = 1.0
+    temperature: float = 1.0
     top_k: int | None = 250
-    top_p: float | int | None = None
-    guidance_scale: float | int = 3.0
-    stride_seconds: float | int | None = None
+    top_p: float | None = None
+    guidance_scale: float = 3.0
+    stride_seconds: float | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges of the numbers."""

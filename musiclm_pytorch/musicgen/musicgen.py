@@ -1,15 +1,15 @@
 """MusicGen and AudioGen: music and sounds from texts, melodies and audio prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from audiolm_pytorch.checks.types import typed
-from torch import Tensor, nn
+from torch import Tensor
 
 from audiolm_pytorch.audio.units import frames_inside, samples_covering
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor, TextEncoder
 from audiolm_pytorch.generation.prompts import acoustic_tokens
@@ -19,12 +19,15 @@ from audiolm_pytorch.generation.windows import SlidingWindowDecoder
 from audiolm_pytorch.lm.compatibility import check_compatible
 from audiolm_pytorch.nn.module_state import eval_mode
 from audiolm_pytorch.saving.construction import preserve_rng
+from audiolm_pytorch.saving.sharing import SharedModel, card_text, write_card
 from audiolm_pytorch.tokens.token_batch import TokenBatch
+from musiclm_pytorch.musicgen.audiocraft_format import write_audiocraft
 from musiclm_pytorch.musicgen.chroma import ChromaConditioner
 from musiclm_pytorch.musicgen.inputs import AudioInput, Melody, MusicRequest, TextInput
 from musiclm_pytorch.musicgen.parts import MusicGenParts
-from musiclm_pytorch.musicgen.published import load_musicgen_parts, save_musicgen_parts
+from musiclm_pytorch.musicgen.published import CARD, load_musicgen_parts, read_own_parts, write_own_parts
 from musiclm_pytorch.musicgen.transformer import MusicGenTransformer
+from musiclm_pytorch.musicgen.transformers_format import write_transformers
 
 __all__ = ["AudioGen", "GeneratedMusic", "MusicGen"]
 
@@ -49,7 +52,7 @@ class GeneratedMusic:
     sample_hz: int
 
 
-class MusicGen(nn.Module):
+class MusicGen(SharedModel):
     """Generates music with one language model over the tokens of a codec (arXiv:2306.05284).
 
     Args:
@@ -64,6 +67,8 @@ class MusicGen(nn.Module):
             None = the default of the class, 30 s for MusicGen.
     """
 
+    main_file = CARD
+    pipeline_tag = "text-to-audio"
     default_seconds: ClassVar[float] = 15.0
     default_max_seconds: ClassVar[float] = 30.0
     # Distance of the starts of two windows, as a share of a window: 18 s of 30 s.
@@ -80,7 +85,7 @@ class MusicGen(nn.Module):
         dim: int = 1024,
         depth: int = 24,
         heads: int = 16,
-        max_seconds: float | int | None = None,
+        max_seconds: float | None = None,
     ) -> None:
         super().__init__()
         if transformer is None:
@@ -122,36 +127,53 @@ class MusicGen(nn.Module):
         offline: bool = False,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
+        allow_noncommercial: bool = False,
     ) -> Model:
-        """Load a model in eval mode and float32.
+        """Load a model in eval mode and float32; `SharedModel.from_pretrained` documents further arguments.
 
         Args:
             source: Folder, or id on the Hugging Face hub such as `facebook/musicgen-small`, of a model in the format
-                of transformers, of audiocraft (`facebook/audiogen-medium`), or of `save_pretrained`. Files of
-                audiocraft are read without running code.
+                of transformers, of audiocraft (`facebook/audiogen-medium`), or of this library. Files of audiocraft
+                are read without running code.
             text_conditioner: Text encoder instead of that of the model. The files of audiocraft contain no text
                 encoder; it is in the folder `text_encoder` beside the files, or loaded from the hub.
-            device: Device of the model.
-            offline: Whether to use only local files and the local cache of the hub.
-            revision: Revision on the hub.
-            cache_dir: Cache folder of the hub.
         """
-        parts = load_musicgen_parts(
-            source, text_conditioner=text_conditioner, offline=offline, revision=revision, cache_dir=cache_dir
-        )
-        model = cls(transformer=parts.transformer, codec=parts.codec, text_conditioner=parts.text_conditioner)
-        return model.to(device)
+        hub = {"offline": offline, "revision": revision, "cache_dir": cache_dir}
+        parts = load_musicgen_parts(source, text_conditioner, {**hub, "allow_noncommercial": allow_noncommercial})
+        return cls(**vars(parts)).to(device).eval()
 
     @typed
     def save_pretrained(
-        self, folder: str | Path, *, format: Literal["own", "transformers", "audiocraft"] = "own"
+        self,
+        folder: str | Path,
+        *,
+        format: Literal["own", "transformers", "audiocraft"] = "own",
+        dtype: torch.dtype | None = None,
+        licence: str | None = None,
     ) -> None:
         """Write the model to a folder, which `from_pretrained` loads.
 
         The format `own` accepts every codec and text encoder. `transformers` and `audiocraft` are the published
-        formats, which need an EnCodec and a T5.
+        formats, which need an EnCodec and a T5. `SharedModel.save_pretrained` documents `dtype` and `licence`.
         """
-        save_musicgen_parts(folder, MusicGenParts(self.transformer, self.codec, self.text_conditioner), format)
+        if format == "own":
+            super().save_pretrained(folder, dtype=dtype, licence=licence)
+            return
+        card = card_text(self, licence)
+        write = write_transformers if format == "transformers" else write_audiocraft
+        write(Path(folder), self._parts, dtype)
+        write_card(Path(folder), card)
+
+    @property
+    def _parts(self) -> MusicGenParts:
+        return MusicGenParts(self.transformer, self.codec, self.text_conditioner)
+
+    def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
+        write_own_parts(folder, self._parts, dtype)
+
+    @classmethod
+    def _read(cls, folder: Path, source: str | Path, hub: Mapping[str, Any]) -> "MusicGen":
+        return cls(**vars(read_own_parts(folder)))
 
     @property
     def sample_hz(self) -> int:
@@ -169,11 +191,11 @@ class MusicGen(nn.Module):
         texts: TextInput | None = None,
         *,
         num_samples: int | None = None,
-        seconds: float | int | None = None,
+        seconds: float | None = None,
         seed: int | None = None,
-        temperature: float | int = 1.0,
+        temperature: float = 1.0,
         top_k: int | None = 250,
-        guidance_scale: float | int = 3.0,
+        guidance_scale: float = 3.0,
     ) -> Tensor:
         """Generate waves `[b, n]`, or `[b, c, n]` for a codec of several channels.
 
@@ -196,18 +218,18 @@ class MusicGen(nn.Module):
         *,
         texts: TextInput | None = None,
         num_samples: int | None = None,
-        seconds: float | int | None = None,
+        seconds: float | None = None,
         prompt: AudioInput | None = None,
         prompt_sample_hz: int | None = None,
         melody: AudioInput | None = None,
         melody_sample_hz: int | None = None,
         seeds: int | Sequence[int] | None = None,
-        temperature: float | int = 1.0,
+        temperature: float = 1.0,
         top_k: int | None = 250,
-        top_p: float | int | None = None,
-        guidance_scale: float | int = 3.0,
-        stride_seconds: float | int | None = None,
-        fade_out_seconds: float | int = 0.0,
+        top_p: float | None = None,
+        guidance_scale: float = 3.0,
+        stride_seconds: float | None = None,
+        fade_out_seconds: float = 0.0,
         callback: Callable[[int, int], None] | None = None,
         progress: bool = False,
     ) -> GeneratedMusic:
@@ -301,7 +323,7 @@ class MusicGen(nn.Module):
         )
         return decoder, sample_counts
 
-    def _window(self, num_frames: int, stride_seconds: float | int | None) -> tuple[int | None, int | None]:
+    def _window(self, num_frames: int, stride_seconds: float | None) -> tuple[int | None, int | None]:
         """Return length and stride of the windows in frames; None for music of one window."""
         window_frames = self.transformer.window_frames
         if window_frames is None or num_frames <= window_frames:

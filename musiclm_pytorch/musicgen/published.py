@@ -1,69 +1,66 @@
 """Load and save the parts of a MusicGen: published weights in two formats, and the model folder of this library."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import torch
 
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import TextEncoder
-from audiolm_pytorch.saving.hub import find_folder, model_type_of, origin_in
+from audiolm_pytorch.saving.hub import LoadedModel, model_type_of
 from audiolm_pytorch.saving.model_folder import load_parts, read_card, write_model_folder
-from musiclm_pytorch.musicgen.audiocraft_format import AUDIOCRAFT_FILES, read_audiocraft, write_audiocraft
+from audiolm_pytorch.saving.sources import find_folder, licence_of
+from musiclm_pytorch.musicgen.audiocraft_format import AUDIOCRAFT_FILES, read_audiocraft
 from musiclm_pytorch.musicgen.parts import MusicGenParts
 from musiclm_pytorch.musicgen.transformer import MusicGenTransformer
-from musiclm_pytorch.musicgen.transformers_format import MODEL_TYPES, read_transformers, write_transformers
+from musiclm_pytorch.musicgen.transformers_format import MODEL_TYPES, read_transformers
 
-__all__ = ["CARD", "load_musicgen_parts", "save_musicgen_parts"]
+__all__ = ["CARD", "load_musicgen_parts", "read_own_parts", "write_own_parts"]
 
 CARD = "musicgen.json"
 _PARTS: dict[str, Any] = {"transformer": MusicGenTransformer, "codec": Codec, "text_conditioner": TextEncoder}
 
 
 def load_musicgen_parts(
-    source: str | Path,
-    *,
-    text_conditioner: TextEncoder | None = None,
-    offline: bool = False,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
+    source: str | Path, text_conditioner: TextEncoder | None, hub: Mapping[str, Any]
 ) -> MusicGenParts:
     """Load the parts of a model from a folder or the hub; `MusicGen.from_pretrained` documents the arguments."""
-    where: dict[str, Any] = {"offline": offline, "revision": revision, "cache_dir": cache_dir}
-    folder, revision = Path(source).expanduser(), None
-    if not folder.is_dir():
-        folder, revision = find_folder(source, **where)
-        if not _is_transformers(folder):
-            folder, revision = find_folder(source, patterns=AUDIOCRAFT_FILES, **where)
-    origin = origin_in(folder, source, revision)
+    folder, commit = find_folder(source, needs=[CARD, "config.json", AUDIOCRAFT_FILES[0]], **hub)
+    if commit is not None and not (folder / CARD).is_file() and not _is_transformers(folder):
+        folder, commit = find_folder(source, files=[*AUDIOCRAFT_FILES, "README.md"], **hub)
+    licence = licence_of(folder, source) or LoadedModel.licence
+    origin = {"source": str(source), "revision": commit, "licence": licence}
     if (folder / CARD).is_file():
-        names = [name for name in _PARTS if (folder / name).is_dir()]
-        read_card(folder / CARD)
-        parts = load_parts(folder, {name: folder / name for name in names}, _PARTS)
-        loaded = MusicGenParts(parts["transformer"], parts["codec"], parts.get("text_conditioner"))
+        loaded = read_own_parts(folder)
     elif _is_transformers(folder):
         loaded = read_transformers(folder, origin)
     elif (folder / AUDIOCRAFT_FILES[0]).is_file():
-        return read_audiocraft(folder, origin, text_conditioner, **where)
+        return read_audiocraft(folder, origin, text_conditioner, **hub)
     else:
         raise ValueError(
             f"{folder} has no MusicGen; pass a folder with {CARD}, with the config.json and the safetensors of "
             f"transformers, or with audiocraft's {' and '.join(AUDIOCRAFT_FILES)}"
         )
-    return loaded if text_conditioner is None else MusicGenParts(loaded.transformer, loaded.codec, text_conditioner)
+    return loaded if text_conditioner is None else replace(loaded, text_conditioner=text_conditioner)
 
 
-def save_musicgen_parts(
-    folder: str | Path, parts: MusicGenParts, format: Literal["own", "transformers", "audiocraft"]
-) -> None:
-    """Write the parts of a model; `MusicGen.save_pretrained` documents the formats."""
-    folder = Path(folder)
-    if format == "transformers":
-        write_transformers(folder, parts)
-    elif format == "audiocraft":
-        write_audiocraft(folder, parts)
-    else:
-        modules: Mapping[str, Any] = {name: getattr(parts, name) for name in _PARTS}
-        write_model_folder(folder, CARD, {name: part for name, part in modules.items() if part is not None}, {})
+def read_own_parts(folder: Path) -> MusicGenParts:
+    """Read the parts of a model in the format of this library."""
+    read_card(folder / CARD)
+    names = [name for name in _PARTS if (folder / name).is_dir()]
+    parts = load_parts(folder, {name: folder / name for name in names}, _PARTS)
+    return MusicGenParts(parts["transformer"], parts["codec"], parts.get("text_conditioner"))
+
+
+def write_own_parts(folder: Path, parts: MusicGenParts, dtype: torch.dtype | None) -> None:
+    """Write the parts of a model in the format of this library."""
+    modules: Mapping[str, Any] = {name: getattr(parts, name) for name in _PARTS}
+    exact = {"codec": (), "text_conditioner": ()}  # their fingerprints must not change
+    write_model_folder(
+        folder, CARD, {name: part for name, part in modules.items() if part is not None}, {}, dtype, exact
+    )
 
 
 def _is_transformers(folder: Path) -> bool:

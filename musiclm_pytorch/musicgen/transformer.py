@@ -5,7 +5,6 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from audiolm_pytorch.checks.types import typed
-
 from audiolm_pytorch.conditioning.fuser import ConditionSpec
 from audiolm_pytorch.lm.stage_transformer import StageTransformer, TokenSource
 from audiolm_pytorch.saving.modules import register
@@ -50,17 +49,17 @@ class MusicGenTransformer(StageTransformer):
         depth: int = 24,
         heads: int = 16,
         dim_head: int = 64,
-        ff_mult: float | int = 4,
-        dropout: float | int = 0.0,
+        ff_mult: float = 4,
+        dropout: float = 0.0,
         codebook_size: int = 2048,
         num_codebooks: int = 4,
         num_groups: int = 1,
-        rate_hz: float | int | str | Fraction = 50,
+        rate_hz: float | str | Fraction = 50,
         text_dim: int | None = 768,
         melody_frames: int | None = None,
-        melody_drop_prob: float | int = 0.5,
-        cond_drop_prob: float | int = 0.3,
-        max_seconds: float | int | None = 30,
+        melody_drop_prob: float = 0.5,
+        cond_drop_prob: float = 0.3,
+        max_seconds: float | None = 30,
         conditions: Mapping[str, ConditionSpec | Mapping[str, Any]] | None = None,
         token_fingerprints: Mapping[str, str] | None = None,
         checkpoint_blocks: bool = False,

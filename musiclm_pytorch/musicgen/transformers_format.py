@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from audiolm_pytorch.audio.units import exact_div
@@ -12,6 +13,7 @@ from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.files import read_json, read_weights, save_tensors, staged_files, write_json
 from audiolm_pytorch.saving.hub import LoadedModel, load_tokenizer, model_of, model_settings, require_transformers
+from audiolm_pytorch.saving.modules import converted
 from audiolm_pytorch.saving.weights import load_weights, weights_of
 from musiclm_pytorch.musicgen.chroma import ChromaConditioner
 from musiclm_pytorch.musicgen.parts import (
@@ -81,7 +83,7 @@ def read_transformers(folder: Path, origin: Mapping[str, Any]) -> MusicGenParts:
     return MusicGenParts(transformer, codec, TextConditioner(LoadedModel(text_model, **origin), tokenizer=tokenizer))
 
 
-def write_transformers(folder: Path, parts: MusicGenParts, guidance_scale: float = 3.0) -> None:
+def write_transformers(folder: Path, parts: MusicGenParts, dtype: torch.dtype | None = None) -> None:
     """Write a model that transformers can load. The model must have a T5 and an EnCodec."""
     transformer, codec = parts.transformer, published_codec(parts.codec)
     text_conditioner = published_text_encoder(parts.text_conditioner)
@@ -117,7 +119,7 @@ def write_transformers(folder: Path, parts: MusicGenParts, guidance_scale: float
     if transformer.window_frames is not None:
         delay = (stream.num_levels - 1) // stream.num_groups
         tokens["max_length"] = 1 + transformer.window_frames + delay
-    generation = {**tokens, "decoder_start_token_id": special, "do_sample": True, "guidance_scale": guidance_scale}
+    generation = {**tokens, "decoder_start_token_id": special, "do_sample": True, "guidance_scale": 3.0}
     extractor: dict[str, Any] = {"feature_extractor_type": "MusicgenMelodyFeatureExtractor", "padding_side": "right"}
     if not has_melody:
         extractor = {"feature_extractor_type": "EncodecFeatureExtractor", "padding_side": "left"}
@@ -125,6 +127,7 @@ def write_transformers(folder: Path, parts: MusicGenParts, guidance_scale: float
     weights = lm_weights(transformer, TRANSFORMERS)
     weights |= {f"audio_encoder.{name}": tensor for name, tensor in weights_of(codec.model).items()}
     weights |= {f"text_encoder.{name}": tensor for name, tensor in weights_of(text_conditioner.model).items()}
+    weights = {name: converted(name, tensor, dtype) for name, tensor in weights.items()}
     with staged_files(folder) as stage:
         save_tensors(stage / "model.safetensors", weights, {"format": "pt"})
         write_json(stage / "generation_config.json", generation)

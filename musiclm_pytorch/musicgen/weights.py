@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from audiolm_pytorch.checks.types import typed
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import typed
 from musiclm_pytorch.musicgen.transformer import MusicGenTransformer
 
 __all__ = [
