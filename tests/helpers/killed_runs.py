@@ -221,7 +221,7 @@ def damage_runs(number: int, seed: int, names: list[str] | None = None) -> int:
 
 
 # Files of a run that nothing reads again.
-_OUTPUTS = re.compile(r".*\.(wav|svg|txt)|\.lock")
+_OUTPUTS = re.compile(r".*\.(wav|svg|txt|md)|\.lock")
 
 
 def reader_of(file: Path) -> tuple[str, Callable[[], object]] | None:
