@@ -13,8 +13,8 @@ __all__ = ["FolderScan", "scan_folder"]
 
 # Tables of captions in the format "AudioFolder" of Hugging Face datasets.
 _TABLE_NAMES = ("metadata.jsonl", "metadata.csv")
-# A folder `samples` beside this file belongs to a training run.
-_RUN_FILE, _SAMPLES = "metrics.jsonl", "samples"
+# A folder `samples` beside one of these files belongs to a training run.
+_RUN_FILES, _SAMPLES = ("metrics.jsonl", "run.json"), "samples"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class _Search:
     def _folders_in(self, place: Path, entries: list["os.DirEntry[str]"]) -> list[Path]:
         """Sort the files of a folder by kind, and return its subfolders."""
         folders = []
-        is_run = any(entry.name == _RUN_FILE for entry in entries)
+        is_run = any(entry.name in _RUN_FILES for entry in entries)
         for entry in entries:
             if entry.name.startswith("."):  # hidden: macOS "._song.wav", and unfinished files of this library
                 continue

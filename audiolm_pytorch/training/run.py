@@ -288,7 +288,7 @@ class TrainingRun:
         for optimizer in self.optimizers:
             rest = checkpoint.state["optimizers"][optimizer.phase.name]
             optimizer.load_state(checkpoint.tensors["optimizer"], rest)
-        if self.ema is not None:
+        if self.ema is not None and checkpoint.state["run"]["settings"]["ema_decay"] is not None:
             self.ema.load(checkpoint.tensors["ema"])
         self.progress = _Progress(**checkpoint.state["progress"])
         if self.progress.step != checkpoint.step:

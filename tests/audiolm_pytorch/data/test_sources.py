@@ -121,9 +121,11 @@ def test_samples_of_runs_are_no_training_data(tmp_path: Path, write_tone: WriteT
     assert len(before) == 2
     write_tone("data/out/codec/samples/0_step.wav", 0.2)
     (tmp_path / "data" / "out" / "codec" / "metrics.jsonl").write_text("{}\n")
+    write_tone("data/out/samples/1.wav", 0.2)
+    (tmp_path / "data" / "out" / "run.json").write_text("{}\n")
     report = load_items(tmp_path / "data")
     assert report.items == before
-    assert [(item.path.name, item.reason) for item in report.rejected] == [("samples", "samples of a training run")]
+    assert [(item.path.name, item.reason) for item in report.rejected] == [("samples", "samples of a training run")] * 2
 
 
 @pytest.mark.slow

@@ -438,6 +438,11 @@ def test_a_full_disk_is_an_error_with_the_file(tmp_path: Path, monkeypatch: pyte
     "change",
     [
         *({"optimizers": {}}, {"progress": {"stage": 1}}, {"progress": {"step": 9}}, {"progress": None}, {"run": 3}),
+        *(
+            {"progress": {"step": 1, "metrics": 3}},
+            {"progress": {"step": "1"}},
+            {"progress": {"step": 1, "seconds": []}},
+        ),
         *({"window": []}, {"window": {"a": 1}}, {"metrics_file": {}}, {"metrics_file": 3}),
     ],
 )

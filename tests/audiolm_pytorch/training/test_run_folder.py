@@ -128,8 +128,9 @@ def test_a_trainer_continues_from_the_checkpoint_of_another_one(tmp_path: Path) 
         ({"batch_size": 4}, ("batch_size",)),
         ({"learning_rate": 0.1, "seed": 3}, ("settings.learning_rate", "settings.seed")),
         ({"num_train_steps": 14, "weight_decay": 0.1}, ("settings",)),
+        ({"ema_decay": None}, ("ema_decay",)),
     ],
-    ids=["name", "paths", "all"],
+    ids=["name", "paths", "all", "without EMA"],
 )
 @pytest.mark.parametrize("steps", [5, 12], ids=["interrupted", "finished"])
 def test_other_settings_continue_on_request(
@@ -147,6 +148,14 @@ def test_other_settings_continue_on_request(
     assert all(f"settings.{name}: found" in caplog.text for name in change) and f"(step {steps})" in caplog.text
     again = TrainLoop(ToyTask(), replace(settings, allow_changed=()), tmp_path)
     assert again.train() == result
+
+
+def test_an_average_can_begin_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    """A run without EMA continues with an EMA, which begins with the weights of that step."""
+    TrainLoop(ToyTask(), replace(SETTINGS, ema_decay=None), tmp_path).train(stop_after_steps=5)
+    loop = TrainLoop(ToyTask(), replace(SETTINGS, allow_changed=("ema_decay",)), tmp_path)
+    assert loop.train().step == 12
+    assert read_record(tmp_path / "checkpoint" / "state.json", files=dict)["files"].keys() >= {"ema.safetensors"}
 
 
 def test_only_the_named_settings_may_change(tmp_path: Path) -> None:
