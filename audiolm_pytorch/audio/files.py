@@ -97,12 +97,13 @@ def read_audio(
 
 
 @typed
-def write_audio(path: str | Path, wave: Tensor, sample_hz: int) -> None:
+def write_audio(path: str | Path, wave: Tensor, sample_hz: int, comment: str = "") -> None:
     """Write `wave [n]` or `[c, n]` to an audio file; the file appears at `path` only when it is complete.
 
     Args:
         path: File name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis); missing folders are created.
         wave: Float samples in -1..1; samples outside this range are clipped, unless `peak_safe` scales the wave first.
+        comment: Text in the comment field of the file, see `AudioWriter`.
 
     Raises:
         ValueError: If the suffix, the sample rate, the type or the shape of the wave is not supported, or if a sample
@@ -111,7 +112,7 @@ def write_audio(path: str | Path, wave: Tensor, sample_hz: int) -> None:
     if wave.ndim not in (1, 2) or wave.numel() == 0:
         raise ValueError(f"{path}: wave must be [n] or [c, n] with at least one sample, got shape {tuple(wave.shape)}")
     rows = rearrange(wave, "n -> 1 n") if wave.ndim == 1 else wave
-    with AudioWriter(path, sample_hz, channels=len(rows)) as writer:
+    with AudioWriter(path, sample_hz, channels=len(rows), comment=comment) as writer:
         writer.write(rows)
 
 

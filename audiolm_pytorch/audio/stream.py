@@ -28,6 +28,7 @@ __all__ = [
 
 _SYSTEM_ERROR = 2  # SF_ERR_SYSTEM of libsndfile
 _BLOCK_FRAMES = 2**16
+_MAX_COMMENT_BYTES = 2000  # libsndfile drops a longer comment of a WAV file
 _MAX_VALUES_PER_BLOCK = 8 * _BLOCK_FRAMES
 
 
@@ -135,6 +136,8 @@ class AudioWriter:
 
     Args:
         path: File name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis).
+        comment: Text in the comment field of the file, which players show and `soundfile` reads; only the first 2,000
+            bytes are stored.
 
     Raises:
         ValueError: If the suffix, the sample rate or the number of channels is not supported, if the samples are not
@@ -143,8 +146,8 @@ class AudioWriter:
     """
 
     @typed
-    def __init__(self, path: str | Path, sample_hz: int, channels: int) -> None:
-        self.path, self.sample_hz, self.channels = Path(path), sample_hz, channels
+    def __init__(self, path: str | Path, sample_hz: int, channels: int, comment: str = "") -> None:
+        self.path, self.sample_hz, self.channels, self.comment = Path(path), sample_hz, channels, comment
         suffix = self.path.suffix.lower()
         if suffix not in WRITE_SUBTYPES:
             raise ValueError(
@@ -176,6 +179,8 @@ class AudioWriter:
                     channels=self.channels,
                     subtype=self._subtype,
                 )
+                if self.comment:
+                    self._file.comment = self.comment.encode()[:_MAX_COMMENT_BYTES].decode(errors="ignore")
             # The Vorbis encoder of libsndfile stores the samples of one call on the stack, which a long call would
             # overflow.
             for begin in range(0, len(columns), _BLOCK_FRAMES):

@@ -1,5 +1,6 @@
 """`musiclm generate`: music from a text."""
 
+import json
 import struct
 import sys
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ _STREAM_SUFFIXES = (".wav", ".raw")
 _STANDARD_OUTPUT = Path("-")
 _UNKNOWN_SIZE = 0xFFFFFFFF
 _MAX_SECONDS = 3600
+_MAX_COMMENT_LETTERS = 400
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Generate(ModelOptions):
     """Audio file to continue, of any sample rate. Its length counts towards --seconds."""
     out: Path = Path("music.wav")
     """File to write (.wav, .flac or .ogg; with --stream .wav or .raw, or - for standard output). A missing folder is
-    created."""
+    created. Without --stream, the comment field of the file has the text, the model and the seed."""
     stream: bool = False
     """Write 16-bit samples while the music is generated. MuLaN then ranks about the first --rank-seconds of each
     candidate, and only the best candidate is continued; samples outside -1..1 are clipped."""
@@ -79,7 +81,7 @@ class Generate(ModelOptions):
         wave = candidates.waves[0, best]
         if not wave.isfinite().all():
             raise self._nan_error()
-        write_audio(self.out, wave, candidates.sample_hz)
+        write_audio(self.out, wave, candidates.sample_hz, comment=self._comment(best))
         self._report(candidates.scores[0].tolist(), best)
         self._print(f"wrote {self.out}")
         if self.plot is not None:
@@ -128,6 +130,11 @@ class Generate(ModelOptions):
         for number, score in enumerate(scores):
             kept = "  <- kept" if number == best else ""
             self._print(f"candidate {number + 1}  seed {self.seed + number}  similarity {score:.3f}{kept}")
+
+    def _comment(self, best: int) -> str:
+        """Return the request as JSON for the comment field of the file; `--num-samples 1` with `seed` repeats it."""
+        request = {"seed": self.seed + best, "seconds": self.seconds, "model": Path(self.model).name}
+        return json.dumps({**request, "text": self.text[:_MAX_COMMENT_LETTERS]}, ensure_ascii=False)
 
     def _print(self, message: str) -> None:
         print(printable(message), file=sys.stderr if self.out == _STANDARD_OUTPUT else sys.stdout)

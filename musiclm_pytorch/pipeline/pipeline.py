@@ -412,5 +412,5 @@ class Pipeline:
         for number, (caption, wave) in enumerate(zip(captions, music, strict=True), start=1):
             # a diverged model may return NaN, which no file can hold
             finite = wave.float().nan_to_num(posinf=0.0, neginf=0.0)
-            write_audio(self.out / "samples" / f"{number}.wav", peak_safe(finite), musiclm.sample_hz)
+            write_audio(self.out / "samples" / f"{number}.wav", peak_safe(finite), musiclm.sample_hz, comment=caption)
             (self.out / "samples" / f"{number}.txt").write_text(caption + "\n", encoding="utf-8")

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import socket
@@ -75,8 +76,23 @@ def test_the_seed_determines_the_music(musiclm_command, model, tmp_path, suffix)
     assert (a == b).all() and (a != c).any()
 
 
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
+def test_a_file_knows_its_text_and_seed(musiclm_command, model, tmp_path, suffix):
+    """The comment field repeats the music: its seed alone generates the best of three candidates again."""
+    text, out, again = 'un "ton" grave\n笛子', tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
+    words = ("--model", model, "--seconds", "0.5", "--out")
+    assert musiclm_command("generate", text, *words, out, "--num-samples", 3, "--seed", 5) == 0
+    with soundfile.SoundFile(out) as file:
+        request = json.loads(file.comment)
+    assert (request["text"], request["seconds"], request["model"]) == (text, 0.5, "model")
+    assert 5 <= request["seed"] < 8
+    words = ("generate", request["text"], *words, again, "--num-samples", 1, "--seed", request["seed"])
+    assert musiclm_command(*words) == 0
+    assert abs(soundfile.read(out)[0] - soundfile.read(again)[0]).max() < 1e-3
+
+
 def test_long_and_foreign_texts_are_accepted(musiclm_command, model, tmp_path, caplog):
-    """10,000 characters are truncated with a warning, and every script is accepted."""
+    """10,000 characters are truncated with a warning, and every script is accepted, also in the comment of the file."""
     out = tmp_path / "a.wav"
     assert musiclm_command("generate", "a tone, " * 1250, "--model", model, *SHORT, "--out", out) == 0
     assert "truncated" in caplog.text and out.is_file()
