@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from audiolm_pytorch.audio.units import samples_covering
+from audiolm_pytorch.checks.tracing import not_compiled
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec, StreamingCodec
 from audiolm_pytorch.conditioning.base import Conditioner, Conditions, ConditionTensor, TextEncoder
@@ -34,6 +35,7 @@ from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, Semant
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.model_folder import load_parts, read_card, write_model_folder
 from audiolm_pytorch.saving.sharing import SharedModel
+from audiolm_pytorch.saving.text import joined_lines
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.tokens.token_batch import TokenBatch
 
@@ -120,7 +122,7 @@ class AudioLM(SharedModel):
         try:
             return cls(**parts, sampling=card.get("sampling"))
         except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"the modules in {folder} are not compatible: {error}") from error
+            raise ValueError(f"the modules in {folder} are not compatible: {joined_lines(error)}") from error
 
     @property
     def stages(self) -> dict[str, StageTransformer]:
@@ -166,6 +168,7 @@ class AudioLM(SharedModel):
         audio = self.generate(request)
         return audio.wave if audio.have_one_length else audio.waves
 
+    @not_compiled
     @typed
     @torch.no_grad()
     def generate(self, request: GenerationRequest) -> GeneratedAudio:

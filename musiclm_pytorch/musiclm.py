@@ -12,6 +12,7 @@ from torch import Tensor
 from audiolm_pytorch.audio.files import peak_safe
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audiolm import AudioLM
+from audiolm_pytorch.checks.tracing import not_compiled
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest, Prompt
@@ -21,6 +22,7 @@ from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.nn.module_state import eval_mode
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.sharing import SharedModel
+from audiolm_pytorch.saving.text import joined_lines
 from musiclm_pytorch.pretrained.parts import CARD, read_parts, save_parts
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
@@ -152,13 +154,14 @@ class MusicLM(SharedModel):
             )
             return cls(audio_lm=audio_lm, mulan_embed_quantizer=parts["quantizer"], num_levels=card.get("num_levels"))
         except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"the modules in {source} are not compatible: {error}") from error
+            raise ValueError(f"the modules in {source} are not compatible: {joined_lines(error)}") from error
 
     @property
     def sample_hz(self) -> int:
         """Sample rate of the music in Hz."""
         return self.audio_lm.codec.target_sample_hz
 
+    @not_compiled
     @typed
     @torch.no_grad()
     def forward(

@@ -6,6 +6,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from audiolm_pytorch.checks.tracing import is_traced
+
 __all__ = ["checked_lengths", "items_by_length", "length_mask"]
 
 
@@ -16,8 +18,7 @@ def checked_lengths(lengths: Tensor, wave: Tensor) -> Tensor:
             f"lengths must be {wave.shape[0]} integers, one per item of the batch, got {lengths.dtype} with shape "
             f"{list(lengths.shape)}"
         )
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # then values are not known
-    if not is_traced and lengths.numel() and not 1 <= int(lengths.min()) <= int(lengths.max()) <= wave.shape[-1]:
+    if not is_traced() and lengths.numel() and not 1 <= int(lengths.min()) <= int(lengths.max()) <= wave.shape[-1]:
         raise ValueError(f"lengths must lie in 1..{wave.shape[-1]} (samples of the wave), got {lengths.tolist()}")
     return lengths.to(wave.device, torch.long)
 

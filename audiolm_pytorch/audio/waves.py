@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.padding import checked_lengths, length_mask
+from audiolm_pytorch.checks.tracing import is_traced
 
 __all__ = [
     "MAX_AMPLITUDE",
@@ -48,7 +49,7 @@ def check_samples(wave: Any, name: str = "wave") -> None:
     The values are not checked while the caller is compiled, exported or traced.
     """
     check_dtype(wave, name)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not wave.numel():
+    if is_traced() or not wave.numel():
         return
     # Unlike isfinite().all(), the two extremes need no second copy of a long recording.
     low, high = (float(extreme) for extreme in torch.aminmax(wave.detach()))

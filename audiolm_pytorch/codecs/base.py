@@ -10,8 +10,8 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.units import frames_covering
 from audiolm_pytorch.audio.waves import checked_wave
+from audiolm_pytorch.checks.tracing import is_traced
 from audiolm_pytorch.codecs.streaming import DecoderStream, EncoderStream
-from audiolm_pytorch.nn.module_state import is_traced
 from audiolm_pytorch.saving.modules import SavedModule
 
 __all__ = ["Codec", "EncodedWave", "StreamingCodec"]

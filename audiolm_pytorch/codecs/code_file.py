@@ -10,7 +10,7 @@ from torch import Tensor
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.saving.files import read_weights, write_weights
+from audiolm_pytorch.saving.files import check_version, read_weights, write_weights
 
 __all__ = ["CodesInfo", "StoredCodes", "read_codes", "write_codes"]
 
@@ -132,13 +132,8 @@ def read_codes(path: str | Path) -> StoredCodes:
         header = json.loads(metadata[_HEADER])
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: the header is damaged ({error})") from error
-    header = header if isinstance(header, dict) else {}
-    version = header.pop("format_version", None)
-    if version != _FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format_version {version!r}, this release reads {_FORMAT_VERSION}; install the release that "
-            "wrote it, or encode the sound again"
-        )
+    header = check_version(header, _FORMAT_VERSION, path)
+    del header["format_version"]
     names = {field.name for field in fields(CodesInfo)}
     if header.keys() != names:
         raise ValueError(

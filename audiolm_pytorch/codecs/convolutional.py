@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.tracing import is_traced
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.networks import WaveDecoder, WaveEncoder
 from audiolm_pytorch.nn.local_attention import LocalTransformer
@@ -92,7 +93,7 @@ def elu(x: Tensor, overwrite: bool = False) -> Tensor:
     Without gradients on a CPU, `exp(x)` is computed as `2 ** (x log2 e)`, in half the time of `F.elu` of torch 2.13.
     With `F.elu`, a quarter of the time of the encoder is spent on ELU.
     """
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
+    if torch.is_grad_enabled() or is_traced() or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.elu(x)
     below = x.clamp(max=0).mul_(_LOG2_E).exp2_().sub_(1)
     return torch.maximum(x, below, out=x if overwrite else below)

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from audiolm_pytorch.nn.module_state import is_traced
+from audiolm_pytorch.checks.tracing import is_traced
 from audiolm_pytorch.nn.streaming import FrameStream, StreamState
 from audiolm_pytorch.saving.modules import SavedModule
 

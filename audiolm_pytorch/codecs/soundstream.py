@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.padding import checked_lengths
+from audiolm_pytorch.checks.tracing import is_traced
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import StreamingCodec
 from audiolm_pytorch.codecs.convolutional import ConvDecoder, ConvEncoder
@@ -19,7 +20,7 @@ from audiolm_pytorch.codecs.quantizers import FrameQuantizer, ResidualQuantizer,
 from audiolm_pytorch.codecs.spectral import SpectralDecoder, SpectralEncoder
 from audiolm_pytorch.codecs.streaming import DecoderStream, EncoderStream
 from audiolm_pytorch.nn.film import FiLM
-from audiolm_pytorch.nn.module_state import check_positive, is_traced
+from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from audiolm_pytorch.saving.modules import load_module, module_spec, register
 

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from audiolm_pytorch.checks.tracing import is_traced
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.nn.module_state import is_traced
 from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.saving.tokenizer_json import rust_errors, tokenizer_of_json
 

@@ -19,7 +19,14 @@ from typing import Any
 import numpy as np
 
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.saving.files import check_digest, differences, digest_of_file, read_json, write_json
+from audiolm_pytorch.saving.files import (
+    check_digest,
+    differences,
+    digest_of_file,
+    read_json,
+    read_versioned,
+    write_json,
+)
 from audiolm_pytorch.saving.text import one_line
 
 __all__ = ["TokenShards", "write_shards"]
@@ -299,10 +306,7 @@ class TokenShards:
 def _checked_index(folder: Path) -> dict[str, Any]:
     """Read the index of a shard folder, and check its numbers and the names and types of its fields."""
     path = folder / _INDEX_NAME
-    index: dict[str, Any] = read_json(path)
-    version = index.get("format_version") if isinstance(index, dict) else None
-    if version != _FORMAT_VERSION:
-        raise ValueError(f"{folder}: format version {version!r}, need {_FORMAT_VERSION}; write the shards again")
+    index = read_versioned(path, _FORMAT_VERSION)
     numbers: list[Any] = [index.get(name) for name in ("num_records", "records_per_chunk")]
     fields, chunks, fingerprint = (index.get(name) for name in ("fields", "chunks", "fingerprint"))
     is_valid = (

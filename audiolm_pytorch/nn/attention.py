@@ -79,7 +79,7 @@ def attend(
     if bias is not None and bias.ndim == 2:
         flat = [rearrange(part, "b h n d -> (b h) n d") for part in (queries, keys, values)]
         scores = torch.baddbmm(bias, flat[0], flat[1].mT, alpha=scale)
-        return rearrange(scores.softmax(dim=-1) @ flat[2], "(b h) n d -> b h n d", b=len(queries))
+        return rearrange(scores.softmax(dim=-1) @ flat[2], "(b h) n d -> b h n d", b=queries.shape[0])
     scores = (queries * scale) @ keys.mT
     scores = scores if bias is None else scores + bias.to(scores.dtype)
     return scores.softmax(dim=-1) @ values
@@ -119,7 +119,7 @@ class SelfAttention(nn.Module):
             context.keys_values.append((keys, values))
         scale = queries.shape[-1] ** -0.5
         if context.waves is not None:
-            for_queries, for_keys = (part.to(queries.dtype).expand(len(x), -1, -1, -1) for part in context.waves)
+            for_queries, for_keys = (part.to(queries.dtype).expand(x.shape[0], -1, -1, -1) for part in context.waves)
             # `attend` scales the product, and the bias must stay unscaled.
             queries = torch.cat((queries, for_queries / scale), dim=-1)
             keys = torch.cat((keys, for_keys), dim=-1)

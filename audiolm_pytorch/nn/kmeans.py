@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from audiolm_pytorch.checks.tracing import split_rows
+
 __all__ = [
     "ArrayVectors",
     "ClusterUsage",
@@ -41,7 +43,7 @@ def nearest_centroid(points: Tensor, centroids: Tensor) -> Tensor:
     with torch.autocast(points.device.type, enabled=False):
         centroids = centroids.float()
         offsets, directions = centroids.square().sum(dim=-1), centroids.t()
-        chunks = points.float().split(min(_MAX_ROWS, max(1, _MAX_DISTANCES // len(centroids))))
+        chunks = split_rows(points.float(), min(_MAX_ROWS, max(1, _MAX_DISTANCES // len(centroids))))
         return torch.cat([torch.addmm(offsets, chunk, directions, alpha=-2.0).argmin(dim=-1) for chunk in chunks])
 
 

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.tracing import is_traced
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.layers import GatedFeedForward, RMSNorm
-from audiolm_pytorch.nn.module_state import is_traced
 from audiolm_pytorch.nn.positions import RotaryPositions, rotate
 from audiolm_pytorch.nn.streaming import StreamState
 

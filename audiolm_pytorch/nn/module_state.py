@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-__all__ = ["check_positive", "device_of", "eval_mode", "is_traced"]
+__all__ = ["check_positive", "device_of", "eval_mode"]
 
 _lock, _num_users = RLock(), WeakKeyDictionary[nn.Module, int]()  # number of `with` blocks that a module is in
 
@@ -26,11 +26,6 @@ def check_positive(**sizes: int | Sequence[int]) -> None:
         values = [value] if isinstance(value, int) else list(value)
         if not values or min(values) < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def is_traced() -> bool:
-    """Whether the caller is compiled, exported or traced, so that code must not depend on values of tensors."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 @contextmanager

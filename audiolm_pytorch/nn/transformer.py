@@ -316,7 +316,7 @@ class Transformer(nn.Module):
         places = places.unsqueeze(0) if places.ndim == 1 else places
         places = places.unsqueeze(2) if places.ndim == 2 else places
         axes = places.shape[-1] if self.position_bias is None else self.position_bias.num_axes
-        if places.shape not in ((1, x.shape[1], axes), (len(x), x.shape[1], axes)):
+        if places.shape not in ((1, x.shape[1], axes), (x.shape[0], x.shape[1], axes)):
             shape = tuple(places.shape)
             raise ValueError(f"positions of rows {tuple(x.shape)} must be [b or 1, n, {axes}], got {shape}")
         return places

@@ -26,9 +26,11 @@ from audiolm_pytorch.saving.text import one_line
 
 __all__ = [
     "check_digest",
+    "check_version",
     "differences",
     "digest_of_file",
     "read_json",
+    "read_versioned",
     "read_weights",
     "save_tensors",
     "staged_files",
@@ -104,6 +106,24 @@ def read_json(path: str | Path) -> Any:
         )
     del obj[_SEAL]
     return obj
+
+
+@typed
+def read_versioned(path: str | Path, version: int) -> dict[str, Any]:
+    """Read a JSON file as `read_json` does, and check with `check_version` that it contains a dict."""
+    return check_version(read_json(path), version, path)
+
+
+@typed
+def check_version(content: Any, version: int, source: str | Path) -> dict[str, Any]:
+    """Check that the content of the file `source` is a dict with this entry "format_version", and return the dict."""
+    found = content.get("format_version") if isinstance(content, dict) else None
+    if type(found) is not int or found != version:
+        raise ValueError(
+            f"{source} has format_version {found!r:.40}, but this release of the library reads {version}; install the "
+            "release that wrote the file, or write the file again"
+        )
+    return dict(content)
 
 
 def _refuse_constant(name: str) -> None:

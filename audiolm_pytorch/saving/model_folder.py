@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.saving.files import read_json, write_json
+from audiolm_pytorch.saving.files import read_versioned, write_json
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.saving.weights import weights_of
 
-__all__ = ["FORMAT_VERSION", "PART_FILES", "exact_dtype", "load_parts", "read_card", "write_model_folder"]
+__all__ = ["PART_FILES", "exact_dtype", "load_parts", "read_card", "write_model_folder"]
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 PART_FILES = ("config.json", "model.safetensors")
 
 
@@ -50,7 +50,7 @@ def write_model_folder(
             rounded = (exact or {}).get(part)
             stored = dtype if dtype is None or rounded is None else exact_dtype(module, dtype, but=rounded)
             save_module(module, new / part, dtype=stored)
-        content = {"format_version": FORMAT_VERSION, "parts": list(parts), **settings}
+        content = {"format_version": _FORMAT_VERSION, "parts": list(parts), **settings}
         write_json(new / card, content, sealed=True)
         for place in (folder, old):
             for part in parts:
@@ -80,14 +80,7 @@ def _swap(new: Path, folder: Path, old: Path, names: Sequence[str]) -> None:
 @typed
 def read_card(path: str | Path) -> dict[str, Any]:
     """Read the card of a model folder; raise a ValueError if its format version is not supported."""
-    card = read_json(path)
-    version = card.get("format_version") if isinstance(card, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {version!r:.40}, but this library reads version {FORMAT_VERSION}; install the "
-            "library release that wrote the file"
-        )
-    return dict(card)
+    return read_versioned(path, _FORMAT_VERSION)
 
 
 @typed

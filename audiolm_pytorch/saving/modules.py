@@ -20,14 +20,14 @@ from audiolm_pytorch.saving.files import (
     digest_of_file,
     open_weights,
     read_json,
+    read_versioned,
     save_tensors,
     staged_files,
     write_json,
 )
-from audiolm_pytorch.saving.fingerprint import digest_of
 from audiolm_pytorch.saving.lazy_exports import import_exports
 from audiolm_pytorch.saving.sharing import SharedModel
-from audiolm_pytorch.saving.text import one_line
+from audiolm_pytorch.saving.text import joined_lines, one_line
 from audiolm_pytorch.saving.weights import check_weights, load_weights, weights_of
 
 __all__ = [
@@ -46,7 +46,7 @@ __all__ = [
 _FORMAT_VERSION = 1
 _WEIGHTS_FILE = "model.safetensors"
 _CONFIG_FILE = "config.json"
-_RESERVED_KEYS = ("format_version", "class", "config", "save_id", "weights_sha256", "sha256")
+_RESERVED_KEYS = ("format_version", "class", "config", "weights_sha256", "sha256")
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 _registry: dict[str, type[nn.Module]] = {}
@@ -149,12 +149,11 @@ def save_module(
     if dtype is not None:
         weights = {name: converted(name, tensor, dtype) for name, tensor in weights.items()}
     spec = module_spec(module)
-    # Two files cannot be replaced in one step: different ids show a save that was cut between the two renames.
-    save_id = digest_of(spec, weights)
     with staged_files(folder) as stage:
-        save_tensors(stage / _WEIGHTS_FILE, weights, {"save_id": save_id})
-        ids = {"save_id": save_id, "weights_sha256": digest_of_file(stage / _WEIGHTS_FILE)}
-        content = {"format_version": _FORMAT_VERSION, **spec, **ids, **extra}
+        save_tensors(stage / _WEIGHTS_FILE, weights, {})
+        # Two files cannot be replaced in one step: the digest shows a save that was interrupted between two renames.
+        digest = digest_of_file(stage / _WEIGHTS_FILE)
+        content = {"format_version": _FORMAT_VERSION, **spec, "weights_sha256": digest, **extra}
         write_json(stage / _CONFIG_FILE, content, sealed=True)
 
 
@@ -170,45 +169,31 @@ def load_module(folder: str | Path, expect: type | None = None, device: str | to
     cls = _class_of(config)
     if expect is not None and not issubclass(cls, expect):
         raise ValueError(f"{folder} holds a {config['class']}, but a {expect.__name__} is needed")
-    where, save_id = f"the weights in {folder / _WEIGHTS_FILE}", config.get("save_id")
+    where = f"the weights in {folder / _WEIGHTS_FILE}"
+    check_digest(folder / _WEIGHTS_FILE, str(config["weights_sha256"]))
     with open_weights(folder / _WEIGHTS_FILE) as file:
-        if file.metadata.get("save_id") != save_id:
-            raise ValueError(
-                f"{folder / _WEIGHTS_FILE} and {_CONFIG_FILE} are not of the same save (a save was interrupted, or a "
-                "file was exchanged); save the module again"
-            )
         try:
             with build_within({name: shape for name, (_, shape) in file.facts.items()}):
                 module = build_module(config)
         except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
+            raise ValueError(f"{folder}: {joined_lines(error)}") from error
         check_weights(module, file.facts, where)
         weights = file.tensors()
-    if "weights_sha256" in config:
-        check_digest(folder / _WEIGHTS_FILE, str(config["weights_sha256"]))
-    elif "save_id" in config and digest_of({key: config[key] for key in ("class", "config")}, weights) != save_id:
-        raise ValueError(f"{folder} has changed since it was written, its digest differs; restore both files")
     load_weights(module, weights, where)
     return module.to(device).eval()
 
 
 @typed
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read `config.json` of a saved module: `format_version`, `class`, `config` and the extra entries."""
+    """Read `config.json`: `format_version`, `class`, `config`, `weights_sha256`, and extra entries of `save_module`."""
     path = Path(folder) / _CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{folder} is not a saved module: {_CONFIG_FILE} is missing; pass a folder of save_module")
-    config = read_json(path)
-    version = config.get("format_version") if isinstance(config, dict) else None
-    if version != _FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format_version {version!r}, this program reads {_FORMAT_VERSION}; "
-            "install the release that wrote it, or save the module again"
-        )
-    missing = [key for key in ("class", "config") if key not in config]
+    config = read_versioned(path, _FORMAT_VERSION)
+    missing = [key for key in ("class", "config", "weights_sha256") if key not in config]
     if missing:
         raise ValueError(f"{path} lacks the keys {missing}; save the module again")
-    return dict(config)
+    return config
 
 
 class SavedModule(SharedModel):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.saving.text import printable
 
 __all__ = ["check_weights", "load_weights", "weights_of"]
 
@@ -95,4 +96,4 @@ def _view_of(tensor: Tensor) -> tuple[Any, ...]:
 
 def _shortened(names: list[str]) -> str:
     rest = len(names) - _MAX_LISTED
-    return ", ".join(names[:_MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+    return printable(", ".join(names[:_MAX_LISTED])) + (f" and {rest} more" if rest > 0 else "")

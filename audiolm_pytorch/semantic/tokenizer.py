@@ -7,9 +7,9 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.padding import checked_lengths
+from audiolm_pytorch.checks.tracing import is_traced, split_rows
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.kmeans import nearest_centroid
-from audiolm_pytorch.nn.module_state import is_traced
 from audiolm_pytorch.saving.fingerprint import digest_of, part_fingerprint
 from audiolm_pytorch.saving.modules import module_spec, register
 from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
@@ -118,6 +118,6 @@ class KMeansTokenizer(SemanticTokenizer):
             self.num_frames(wave.shape[1])
             wave = wave[:, : self.cut_samples(wave.shape[1])]
         features, mask = self.encoder.features(wave, lengths, self.layer)
-        chunks = rearrange(features, "b t d -> (b t) d").split(_FRAMES_PER_CHUNK)
+        chunks = split_rows(rearrange(features, "b t d -> (b t) d"), _FRAMES_PER_CHUNK)
         ids = [nearest_centroid((chunk.float() - self.mean) / self.std, self.centroids) for chunk in chunks]
         return rearrange(torch.cat(ids), "(b t) -> b t", b=len(wave)).masked_fill(~mask, -1)

@@ -14,7 +14,7 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.files import (
     check_digest,
     digest_of_file,
-    read_json,
+    read_versioned,
     read_weights,
     sync_to_disk,
     write_json,
@@ -133,13 +133,7 @@ class CheckpointFolder:
 
     def _read(self, folder: Path) -> Checkpoint:
         path = folder / _STATE_FILE
-        content = read_json(path)
-        version = content.get("format_version") if isinstance(content, dict) else None
-        if version != _FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has format_version {version!r}, this release reads {_FORMAT_VERSION}; "
-                "continue with the release that wrote the checkpoint, or start in another folder"
-            )
+        content = read_versioned(path, _FORMAT_VERSION)
         step, files, state = (content.get(name) for name in ("step", "files", "state"))
         if not (isinstance(step, int) and isinstance(files, dict) and isinstance(state, dict)):
             raise ValueError(f"{path} lacks step, files or state; restore the file")

@@ -9,8 +9,8 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.tracing import is_traced
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.nn.module_state import is_traced
 from audiolm_pytorch.nn.transformer import Transformer
 
 __all__ = ["LayerContrast", "LayerHeads", "pooled_layers", "token_means"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.audio.padding import length_mask
-from audiolm_pytorch.nn.module_state import is_traced
+from audiolm_pytorch.checks.tracing import is_traced
 
 __all__ = ["LogSpectrogram", "SpecAugment", "log_spectrogram"]
 

@@ -26,7 +26,7 @@ def small_spectral_codec(**changes):
     return SpectralSoundStream(**{**sizes, "dim": 16, "encoder_depth": 1, "decoder_depth": 1, "code_dim": 4, **changes})
 
 
-def small_tokenizer():
+def small_tokenizer(**changes):
     """A tokenizer of 100 tokens per second."""
     encoder = BestRQEncoder(
         dim=16,
@@ -38,6 +38,7 @@ def small_tokenizer():
         n_fft=256,
         hop_length=40,
         frames_per_token=2,
+        **changes,
     )
     return KMeansTokenizer(encoder=encoder, layer=1, centroids=torch.randn(12, 16))
 

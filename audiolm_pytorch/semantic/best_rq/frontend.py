@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.audio.padding import checked_lengths, length_mask
 from audiolm_pytorch.audio.waves import mono_waves
+from audiolm_pytorch.checks.tracing import is_traced
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.nn.module_state import is_traced
 
 __all__ = ["StackedLogMel"]
 
@@ -85,12 +85,13 @@ class StackedLogMel(nn.Module):
         left = (self.n_fft - self.hop_length) // 2
         right = (num_mel_frames - 1) * self.hop_length + self.n_fft - left - wave.shape[-1]
         with torch.autocast(wave.device.type, enabled=False):
-            padded = nn.functional.pad(wave, (left, max(0, right)))
-            parts = []
-            for start in range(0, num_mel_frames, _FRAMES_PER_CHUNK):
-                last = min(start + _FRAMES_PER_CHUNK, num_mel_frames) - 1
-                mel = self.mel(padded[:, start * self.hop_length : last * self.hop_length + self.n_fft])
-                parts.append(mel.clamp(min=self.floor).log())
+            padded = nn.functional.pad(wave, (left, right))
+            chunks = [padded]
+            if not is_traced():  # the number of chunks would become a constant
+                starts = range(0, num_mel_frames * self.hop_length, _FRAMES_PER_CHUNK * self.hop_length)
+                chunk_samples = (_FRAMES_PER_CHUNK - 1) * self.hop_length + self.n_fft
+                chunks = [padded[:, start : start + chunk_samples] for start in starts]
+            parts = [self.mel(chunk).clamp(min=self.floor).log() for chunk in chunks]
             return rearrange(torch.cat(parts, dim=-1), "b m f -> b f m")
 
     def forward(self, wave: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.tracing import is_traced, split_rows
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.transformer import build_encoder
@@ -79,7 +80,7 @@ class BestRQEncoder(FrameEncoder):
     def features(self, wave: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> tuple[Tensor, Tensor]:
         """Compute the hidden states of a layer; `layer` None means the last layer with the final norm."""
         frames, mask = self.front_end(wave, lengths)
-        if frames.shape[1] <= self.window_tokens:
+        if not is_traced() and frames.shape[1] <= self.window_tokens:
             return self.encode(frames, mask, layer), mask
         return self._encode_windows(frames, mask, layer), mask
 
@@ -87,15 +88,16 @@ class BestRQEncoder(FrameEncoder):
         """Run `encode` in windows, whose positions count from the start of an item."""
         num_items, num_tokens, _ = frames.shape
         keep, context = self.window_tokens, self.context_tokens
-        sides = (context, -num_tokens % keep + context)
+        spare = keep if is_traced() else 0  # torch.export would make the number of windows a constant if it were 1
+        sides = (context, -num_tokens % keep + context + spare)
         masks = rearrange(F.pad(mask, sides).unfold(1, keep + 2 * context, keep), "b w s -> (b w) s")
         windows = F.pad(frames, (0, 0, *sides)).unfold(1, keep + 2 * context, keep)
         windows = rearrange(windows, "b w d s -> (b w) s d")
-        # Windows past the end of an item hold no real token and are skipped.
-        needed = masks[:, context : context + keep].any(dim=1)
-        batches = zip(windows[needed].split(_WINDOWS_PER_BATCH), masks[needed].split(_WINDOWS_PER_BATCH))
+        # Windows past the end of an item hold no real token and are skipped, except in traced code.
+        needed = slice(None) if is_traced() else masks[:, context : context + keep].any(dim=1)
+        batches = zip(*(split_rows(part[needed], _WINDOWS_PER_BATCH) for part in (windows, masks)))
         encoded = torch.cat([self.encode(part, real, layer)[:, context : context + keep] for part, real in batches])
-        features = encoded.new_zeros(len(masks), keep, encoded.shape[-1])
+        features = encoded.new_zeros(masks.shape[0], keep, encoded.shape[-1])
         features[needed] = encoded
         return rearrange(features, "(b w) s d -> b (w s) d", b=num_items)[:, :num_tokens]
 

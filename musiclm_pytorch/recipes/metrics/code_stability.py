@@ -7,6 +7,7 @@ import json as json_module
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -14,37 +15,20 @@ import tyro
 from einops import rearrange
 from torch import Tensor
 
+from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.quantizers import code_usage
 from audiolm_pytorch.codecs.training import MultiScaleMelLoss
 from audiolm_pytorch.data.manifest import load_items
 from musiclm_pytorch.evaluation.clips import load_clips
+from musiclm_pytorch.evaluation.metrics.beat import OnsetEnvelope, autocorrelation_peak
 from musiclm_pytorch.evaluation.report import aligned_table
 
-__all__ = ["beat_strength", "code_stability", "main", "stability_table"]
+__all__ = ["code_stability", "main", "stability_table"]
 
 _BATCH = 8
 _WRONG_SHARES = (0.05, 0.2, 0.4)
-# Onsets are sums of rises of log magnitudes in windows of 32 ms, every 10 ms; beats are 0.25 to 1.5 s apart.
-_WINDOW_SECONDS, _HOP_SECONDS, _MAGNITUDE_FLOOR = 0.032, 0.01, 1e-3
-_BEAT_SECONDS = (0.25, 1.5)
-
-
-@typed
-def beat_strength(waves: Tensor, sample_hz: int) -> Tensor:
-    """Return the largest normalised autocorrelation `[b]` of the onset strength of waves `[b, n]` at beat periods."""
-    window, hop = round(_WINDOW_SECONDS * sample_hz), round(_HOP_SECONDS * sample_hz)
-    spectrum = torch.stft(waves, window, hop, window=torch.hann_window(window), return_complex=True)
-    magnitude = spectrum.abs() * (4.0 / window)
-    peak = magnitude.amax(dim=(1, 2), keepdim=True).clamp(min=1e-8)
-    log_magnitude = (magnitude / peak).clamp(min=_MAGNITUDE_FLOOR).log()
-    onsets = log_magnitude.diff(dim=-1).clamp(min=0).mean(dim=1)
-    onsets = onsets - onsets.mean(dim=-1, keepdim=True)
-    power = torch.fft.rfft(onsets, n=2 * onsets.shape[-1]).abs().square()
-    correlation = torch.fft.irfft(power)
-    first, last = (round(seconds / _HOP_SECONDS) for seconds in _BEAT_SECONDS)
-    return correlation[:, first:last].amax(dim=-1) / correlation[:, 0].clamp(min=1e-8)
 
 
 def _changes(codec: Codec) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -77,6 +61,13 @@ def _copy(codec: Codec, codes: Tensor, num_samples: int) -> Tensor:
     return torch.cat(decoded).mean(dim=1)
 
 
+def _beat(waves: Tensor, sample_hz: int) -> float:
+    """Median beat strength of waves `[b, n]`."""
+    onsets = OnsetEnvelope()
+    envelopes = onsets(resample(waves, sample_hz, onsets.sample_hz))
+    return median(autocorrelation_peak(envelope)[0] for envelope in envelopes)
+
+
 @typed
 def code_stability(codec: Codec, waves: Tensor) -> dict[str, list[float]]:
     """Measure how far inaudible changes move the codes of mono waves `[b, n]`, and wrong codes the beat.
@@ -100,8 +91,8 @@ def code_stability(codec: Codec, waves: Tensor) -> dict[str, list[float]]:
         pairs = zip(copies.split(1), waves.split(1))
         distances = [mel(*(rearrange(wave, "1 n -> 1 1 n") for wave in pair)).item() for pair in pairs]
         rows["mel distance"].append(sum(distances) / len(distances))
-        rows["beat"].append(beat_strength(copies, codec.target_sample_hz).median().item())
-    rows["beat, real"] = [beat_strength(waves, codec.target_sample_hz).median().item()]
+        rows["beat"].append(_beat(copies, codec.target_sample_hz))
+    rows["beat, real"] = [_beat(waves, codec.target_sample_hz)]
     rows["beat, wrong codes"] = []
     for share in _WRONG_SHARES:
         generator = torch.Generator().manual_seed(0)
@@ -110,7 +101,7 @@ def code_stability(codec: Codec, waves: Tensor) -> dict[str, list[float]]:
         disturbed = codes.clone()
         disturbed[..., 0] = torch.where(is_wrong, wrong, codes[..., 0])
         copies = _copy(codec, disturbed, num_samples)
-        rows["beat, wrong codes"].append(beat_strength(copies, codec.target_sample_hz).median().item())
+        rows["beat, wrong codes"].append(_beat(copies, codec.target_sample_hz))
     return rows
 
 

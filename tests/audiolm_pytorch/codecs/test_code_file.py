@@ -75,7 +75,11 @@ def damaged_files(folder):
         "no header": ({"codes": codes}, None, "is not a file of codes"),
         "no json": ({"codes": codes}, "{", "header is damaged"),
         "list": ({"codes": codes}, [1], "format_version None"),
-        "version": ({"codes": codes}, {**header, "format_version": 2}, "format_version 2, this release reads 1"),
+        "version": (
+            {"codes": codes},
+            {**header, "format_version": 2},
+            "format_version 2, but this release of the library reads 1",
+        ),
         "lacking": ({"codes": codes}, {"format_version": 1}, "lacks .*codec_class"),
         "unknown": ({"codes": codes}, {**header, "more": 1}, "unknown entries .*more"),
         "range": ({"codes": codes + 16}, header, "must lie in 0..15"),

@@ -2,9 +2,7 @@
 
 import json
 import random
-import resource
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,48 +15,9 @@ from audiolm_pytorch.audio.files import decoded_info, read_audio
 from audiolm_pytorch.audio.stream import AudioSource
 from audiolm_pytorch.data import TokenShards, load_items, load_split, write_shards
 from musiclm_pytorch.mulan.musiccaps import read_musiccaps
+from tests.helpers.mutations import TEXTS, mutated, outcome
 
 pytestmark = pytest.mark.slow
-
-EXTREMES = [0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1]
-TEXTS = [b"NaN", b"-Infinity", b"1e999", b"null", b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b'"', b"[" * 5000, b"{"]
-TEXTS += [b"\n", b"\r", b"../../etc/passwd", b"file:///etc/passwd", b"http://x/", b"1" * 5000, b"\\ud800", b"," * 50]
-TEXTS += [b"\x1b[2J"]
-
-
-def mutated(data: bytes, rng: random.Random, words: list[bytes]) -> bytes:
-    """Flip, overwrite, insert, repeat or cut bytes; the first bytes of the file are changed most often."""
-    changed = bytearray(data)
-    for _ in range(rng.choice([1, 1, 2, 5, 20])):
-        end = max(1, len(changed))
-        place = rng.randrange(min(end, 100)) if rng.random() < 0.6 else rng.randrange(end)
-        kind = rng.randrange(6)
-        if kind == 0:
-            changed[place : place + 1] = bytes([rng.randrange(256)])
-        elif kind == 1:
-            changed[place : place + 4] = rng.choice(EXTREMES).to_bytes(4, rng.choice(["little", "big"]))  # type: ignore[arg-type]
-        elif kind == 2:
-            changed[place:place] = rng.choice(words)
-        elif kind == 3:
-            changed[place:place] = changed[place : place + rng.randrange(200)]
-        elif kind == 4:
-            del changed[place : place + rng.randrange(1, 50)]
-        else:
-            del changed[rng.randrange(end) :]
-    return bytes(changed)
-
-
-def outcome(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return the result of a call, or its ValueError; check time, memory and the form of the message."""
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    try:
-        result = call(*arguments)
-    except ValueError as error:
-        result = error
-        assert str(error) and "\n" not in str(error) and len(str(error)) < 20_000
-    assert time.monotonic() - started < 10
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # kilobytes
-    return result
 
 
 def streamed_samples(path: Path) -> int:

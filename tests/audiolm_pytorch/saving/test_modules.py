@@ -144,8 +144,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     config = read_config(tmp_path)
     for change, message in [
         ({"class": "Weed"}, "unknown module class 'Weed'"),
-        ({"format_version": 2}, "format_version 2, this program reads 1"),
-        ({"save_id": "other"}, "not of the same save"),
+        ({"format_version": 2}, "format_version 2, but this release of the library reads 1"),
+        ({"format_version": True}, "format_version True"),
+        ({"weights_sha256": "0" * 64}, "model.safetensors has changed since it was written"),
         ({"config": {"width": 9}}, r"weight \(3, 2\) instead of \(9, 2\)"),
     ]:
         write_json(tmp_path / "config.json", config | change)
@@ -164,6 +165,8 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
     """A pickle under the right name is refused, not executed."""
     save_module(Leaf(), tmp_path)
     torch.save(Leaf().state_dict(), tmp_path / "model.safetensors")
+    digest = files.digest_of_file(tmp_path / "model.safetensors")
+    write_json(tmp_path / "config.json", read_config(tmp_path) | {"weights_sha256": digest})
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         load_module(tmp_path)
 
@@ -232,7 +235,7 @@ def test_interrupted_save_is_noticed_or_harmless(tmp_path: Path, monkeypatch: py
             assert expected is not new
         monkeypatch.setattr(files.os, "replace", original)
         if expected is None:
-            with pytest.raises(ValueError, match="not of the same save"):
+            with pytest.raises(ValueError, match="model.safetensors has changed since it was written"):
                 load_module(tmp_path)
         else:
             assert_same_state(load_module(tmp_path), expected)
@@ -299,12 +302,17 @@ def test_state_that_is_no_tensor_is_refused() -> None:
         weights_of(Odd())
 
 
-def test_files_of_other_programs_load_when_ids_agree(tmp_path: Path) -> None:
-    """A config and weights written by hand, both without an id, are a saved module as well."""
+def test_files_of_other_programs_load_with_a_digest_of_the_weights(tmp_path: Path) -> None:
+    """A config and weights written by hand are a saved module, if the config has the digest of the weights."""
     leaf = Leaf()
     tensors: dict[str, Tensor] = weights_of(leaf)
     save_file(tensors, tmp_path / "model.safetensors")
-    write_json(tmp_path / "config.json", {"format_version": 1, "class": "Leaf", "config": {"width": 3}})
+    config = {"format_version": 1, "class": "Leaf", "config": {"width": 3}}
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(ValueError, match=r"config.json lacks the keys \['weights_sha256'\]; save the module again"):
+        load_module(tmp_path)
+    digest = files.digest_of_file(tmp_path / "model.safetensors")
+    write_json(tmp_path / "config.json", {**config, "weights_sha256": digest})
     assert_same_state(load_module(tmp_path, device=torch.device("cpu")), leaf)
 
 
