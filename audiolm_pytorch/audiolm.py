@@ -11,7 +11,7 @@ from torch import Tensor
 from audiolm_pytorch.audio.units import samples_covering
 from audiolm_pytorch.checks.tracing import not_compiled
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.codecs.base import Codec, StreamingCodec
+from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditioner, Conditions, ConditionTensor, TextEncoder
 from audiolm_pytorch.generation.inputs import (
     GenerationLengths,
@@ -206,11 +206,6 @@ class AudioLM(SharedModel):
             ValueError: If the codec has no `decoder_stream`, or for the reasons listed in `generate`.
         """
         codec = self.codec
-        if not isinstance(codec, StreamingCodec):
-            raise ValueError(
-                f"{type(codec).__name__} has no decoder_stream; call generate, or use a codec with a decoder_stream, "
-                "such as SoundStream"
-            )
         if not 0 < chunk_seconds < float("inf"):
             raise ValueError(f"chunk_seconds must be positive and finite, got {chunk_seconds}")
         factor = codec.downsample_factor

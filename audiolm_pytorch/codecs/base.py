@@ -78,6 +78,13 @@ class Codec(SavedModule, ABC):
             )
         return self.decode_from_codebook_indices(codes, num_samples)
 
+    def decoder_stream(self) -> DecoderStream:
+        """Create a stream that decodes chunks of codes to the wave of `decode_from_codebook_indices(codes)`."""
+        raise ValueError(
+            f"{type(self).__name__} has no decoder_stream; call generate, or use a codec with a decoder_stream, such "
+            "as SoundStream"
+        )
+
     def num_frames(self, num_samples: int) -> int:
         """Number of frames that cover `num_samples` samples; silence fills the last frame."""
         return frames_covering(num_samples, self.downsample_factor)

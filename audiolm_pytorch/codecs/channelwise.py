@@ -8,6 +8,7 @@ from torch import Tensor
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
+from audiolm_pytorch.codecs.streaming import DecoderStream
 from audiolm_pytorch.saving.modules import build_module, module_spec, register
 
 __all__ = ["ChannelwiseCodec"]
@@ -52,6 +53,10 @@ class ChannelwiseCodec(Codec):
         """Number of frames that cover `num_samples` samples."""
         return self.codec.num_frames(num_samples)
 
+    def decoder_stream(self) -> DecoderStream:
+        """Create a stream of the mono codec that decodes all channels (see `Codec.decoder_stream`)."""
+        return _ChannelwiseStream(self.codec.decoder_stream(), self)
+
     def tokenize(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Encode waves `[b, c, n]` (see `Codec.tokenize`)."""
         wave = self._check_wave(wave, lengths)
@@ -61,9 +66,28 @@ class ChannelwiseCodec(Codec):
 
     def decode_from_codebook_indices(self, codes: Tensor, num_samples: int | None = None) -> Tensor:
         """Decode codes (see `Codec.decode_from_codebook_indices`); each level needs the codes of all channels."""
+        waves = self.codec.decode_from_codebook_indices(self.codes_of_channels(codes), num_samples)
+        return rearrange(waves, "(b c) 1 n -> b c n", c=self.channels)
+
+    def codes_of_channels(self, codes: Tensor) -> Tensor:
+        """Check codes `[b, f, q]`, and return them with each channel as an item."""
         codes = self._check_codes(codes)
         if codes.shape[-1] % self.channels:
             raise ValueError(f"codes must have a multiple of {self.channels} levels, got {codes.shape[-1]}")
-        of_channels = rearrange(codes, "b f (q c) -> (b c) f q", c=self.channels)
-        waves = self.codec.decode_from_codebook_indices(of_channels, num_samples)
-        return rearrange(waves, "(b c) 1 n -> b c n", c=self.channels)
+        return rearrange(codes, "b f (q c) -> (b c) f q", c=self.channels)
+
+
+class _ChannelwiseStream(DecoderStream):
+    """Stream of a mono codec, which receives each channel as an item."""
+
+    def __init__(self, stream: DecoderStream, codec: ChannelwiseCodec) -> None:
+        self._stream, self._codec = stream, codec
+
+    def push(self, codes: Tensor) -> Tensor:
+        """Add codes `[b, f, q]`; return the samples `[b, c, n]` that later codes cannot change; n can be 0."""
+        waves = self._stream.push(self._codec.codes_of_channels(codes))
+        return rearrange(waves, "(b c) 1 n -> b c n", c=self._codec.channels)
+
+    def finish(self) -> Tensor:
+        """Return the remaining samples `[b, c, n]` at the end of the codes."""
+        return rearrange(self._stream.finish(), "(b c) 1 n -> b c n", c=self._codec.channels)

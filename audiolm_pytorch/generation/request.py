@@ -10,7 +10,7 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.waves import check_rate, mono_waves
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.codecs.base import Codec, StreamingCodec
+from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.streaming import DecoderStream
 from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor
 from audiolm_pytorch.generation.sampling import SamplingSettings
@@ -244,7 +244,7 @@ class WaveStreams:
         num_samples: Maximum number of samples of every item.
     """
 
-    def __init__(self, codec: StreamingCodec, num_samples: Sequence[int]) -> None:
+    def __init__(self, codec: Codec, num_samples: Sequence[int]) -> None:
         self._codec, self._remaining_samples = codec, list(num_samples)
         self._streams: list[DecoderStream | None] = [codec.decoder_stream() for _ in num_samples]
 

@@ -1,6 +1,6 @@
 """MusicGen and AudioGen: music and sounds from texts, melodies and audio prompts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -13,7 +13,7 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor, TextEncoder
 from audiolm_pytorch.generation.prompts import acoustic_tokens
-from audiolm_pytorch.generation.request import ProgressBars, decode_items
+from audiolm_pytorch.generation.request import ProgressBars, WaveStreams, decode_items
 from audiolm_pytorch.generation.sampling import stage_generator
 from audiolm_pytorch.generation.windows import SlidingWindowDecoder
 from audiolm_pytorch.lm.compatibility import check_compatible
@@ -284,6 +284,57 @@ class MusicGen(SharedModel):
         finally:
             bars.close()
         return GeneratedMusic([_faded(wave, round(fade_out_seconds * hz)) for wave in waves], tokens.ids, hz)
+
+    def stream(
+        self,
+        texts: TextInput | None = None,
+        *,
+        num_samples: int | None = None,
+        seconds: float | None = None,
+        prompt: AudioInput | None = None,
+        prompt_sample_hz: int | None = None,
+        melody: AudioInput | None = None,
+        melody_sample_hz: int | None = None,
+        seeds: int | Sequence[int] | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = 250,
+        top_p: float | None = None,
+        guidance_scale: float = 3.0,
+        stride_seconds: float | None = None,
+        chunk_seconds: float = 1.0,
+    ) -> Iterator[GeneratedMusic]:
+        """Generate music, and yield it in chunks while it is generated; `generate` documents the arguments.
+
+        All chunks together have the tokens of `generate`, and its waves up to rounding errors. Memory does not grow
+        with `seconds`. A chunk has at least `chunk_seconds` more music; the codec's look-ahead delays the first chunk.
+
+        Raises:
+            ValueError: If the codec has no `decoder_stream`, or for the reasons listed in `generate`.
+        """
+        arguments = locals()
+        request = MusicRequest(**{field.name: arguments[field.name] for field in fields(MusicRequest)})
+        if not 0 < chunk_seconds < float("inf"):
+            raise ValueError(f"chunk_seconds must be positive and finite, got {chunk_seconds}")
+        with torch.no_grad(), eval_mode(self):
+            decoder, sample_counts = self._decoder(request, None)
+            waves = WaveStreams(self.codec, sample_counts)
+        factor = self.codec.downsample_factor
+        return self._chunks(decoder, waves, samples_covering(chunk_seconds, factor, self.sample_hz) // factor)
+
+    def _chunks(self, decoder: SlidingWindowDecoder, waves: WaveStreams, chunk_frames: int) -> Iterator[GeneratedMusic]:
+        """Advance a decoder by `chunk_frames` frames at a time, and yield the new music."""
+        items = torch.arange(len(decoder.known_frames))
+        taken, is_done = torch.zeros_like(items), False
+        while not is_done:
+            with torch.no_grad(), eval_mode(self):
+                unfinished = decoder.known_frames[~decoder.are_done]
+                decoder.advance(chunk_frames + int(unfinished.min()) if len(unfinished) else 0)
+                known = decoder.known_frames
+                tokens, taken = decoder.tokens.between(items, taken, known), known
+                decoder.tokens.drop_before(taken.clamp(max=decoder.first_input_frame()))
+                is_done = bool(decoder.are_done.all())
+                parts = waves.push(tokens, decoder.are_done.tolist())
+            yield GeneratedMusic(parts, tokens.ids, self.sample_hz)
 
     def _decoder(
         self, request: MusicRequest, callback: Callable[[int, int], None] | None

@@ -17,6 +17,8 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import EncodedWave
 from audiolm_pytorch.codecs.pretrained.adapter import PretrainedCodec
 from audiolm_pytorch.codecs.pretrained.chunked import FRAMEWISE, apply_chunked, run_layers
+from audiolm_pytorch.codecs.pretrained.encodec_stream import EncodecDecoderStream
+from audiolm_pytorch.codecs.streaming import DecoderStream
 from audiolm_pytorch.saving.hub import LoadedModel
 from audiolm_pytorch.saving.modules import register
 
@@ -111,6 +113,10 @@ class EncodecWrapper(PretrainedCodec):
         if not frames:
             return 0
         return (len(frames) - 1) * (self.segment_stride_samples or 0) + frames[-1] * self.downsample_factor
+
+    def decoder_stream(self) -> DecoderStream:
+        """Create a stream of a model without segments (see `Codec.decoder_stream`)."""
+        return super().decoder_stream() if self.segment_samples else EncodecDecoderStream(self.model, self._check_codes)
 
     def _num_segments(self, num_samples: int) -> int:
         return len(self._segments(num_samples))

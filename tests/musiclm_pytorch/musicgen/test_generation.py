@@ -182,3 +182,21 @@ def test_long_sequences_in_bfloat16_are_finite(folder: Path) -> None:
         hidden = model.transformer.hidden(packed.ids, packed.input_mask, model.transformer.fuse({}, 1))
     assert hidden.isfinite().all()
     assert model.generate(texts=["drums", None], seconds=0.2, seeds=0).tokens.shape == (2, 10, 4)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_stream_equals_generate(tmp_path: Path, channels: int) -> None:
+    """Three windows with a prompt: equal tokens, and waves without noise at the ends of chunks or of the music."""
+    model = MusicGen.from_pretrained(write_musicgen(tmp_path, channels=channels))
+    model.transformer.max_seconds = 0.8
+    prompt = [0.2 * torch.randn(channels, 4000), None]
+    options: dict[str, Any] = {"texts": ["drums", "a harp"], "prompt": prompt, "seconds": 1.7, "seeds": 4}
+    whole = model.generate(**options)
+    for chunk_seconds in (0.1, 1.0):
+        chunks = list(model.stream(**options, chunk_seconds=chunk_seconds))
+        assert len(chunks) > 1
+        for item in range(2):
+            tokens = torch.cat([chunk.tokens[item][chunk.tokens[item, :, 0] >= 0] for chunk in chunks])
+            assert torch.equal(tokens, whole.tokens[item])
+            wave = torch.cat([chunk.waves[item] for chunk in chunks], dim=-1)
+            torch.testing.assert_close(wave, whole.waves[item], atol=1e-5, rtol=1e-5)
