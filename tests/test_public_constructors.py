@@ -76,6 +76,25 @@ def test_all_exported_modules_are_listed_or_need_other_models():
         assert modules <= ARGUMENTS.keys() | wrappers
 
 
+def test_parts_of_an_audiolm_have_the_names_of_its_arguments():
+    """Every part is found again under the name by which the constructor received it, as the same object."""
+    parts = dict(small.small_stages())
+    parts |= {"wav2vec": small.small_tokenizer(), "codec": small.small_soundstream()}
+    parts["audio_conditioner"] = small.small_quantizer()
+    audio_lm = audiolm_pytorch.AudioLM(**parts)
+    musiclm = musiclm_pytorch.MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=parts["audio_conditioner"])
+    assert all(getattr(audio_lm, name) is part for name, part in parts.items())
+    assert musiclm.audio_lm is audio_lm and musiclm.mulan_embed_quantizer is parts["audio_conditioner"]
+
+
+def test_parts_of_a_stage_wrapper_have_the_names_of_its_arguments():
+    """The wrappers of a stage keep the stage, the tokenizers and the conditioner."""
+    parts = {"transformer": small.small_stages()["coarse_transformer"], "wav2vec": small.small_tokenizer()}
+    parts |= {"codec": small.small_soundstream(), "audio_conditioner": small.small_quantizer()}
+    wrapper = audiolm_pytorch.CoarseTransformerWrapper(**parts)
+    assert all(getattr(wrapper, name) is part for name, part in parts.items())
+
+
 def test_constructor_names_of_modules_are_attributes():
     """Modules that a constructor receives are found under the names of its arguments."""
     musiclm = small.small_musiclm()

@@ -1,12 +1,16 @@
 """Every python block of the README and of the guides beside the code runs; links and figures are right."""
 
+import inspect
 import math
 import re
 from pathlib import Path
 
 import pytest
 
-from audiolm_pytorch import AudioLMSoundStream, MusicLMSoundStream
+import audiolm_pytorch
+import musiclm_pytorch
+from audiolm_pytorch import AudioLMSoundStream, MusicLMSoundStream, audio
+from audiolm_pytorch.training import LoopSettings
 from musiclm_pytorch import MusicLM
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +22,21 @@ BLOCKS = [
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 ]
 REPOSITORY = "https://github.com/musiclm-pytorch/musiclm-pytorch/blob/main/"
+
+
+def test_names_for_users_of_other_libraries_exist():
+    """Every `Name(argument=)` and `Name.method(argument=)` in the right column of the table is accepted here."""
+    text = (ROOT / "musiclm_pytorch" / "README.md").read_text(encoding="utf-8")
+    cells = [line.rsplit("|", 2)[1] for line in text.splitlines() if line.startswith("| ")]
+    calls = [call for cell in cells for call in re.findall(r"`(\w+)(?:\.(\w+))?\(([^`]*)\)`", cell)]
+    assert len(calls) > 12
+    for name, method, arguments in calls:
+        owner = next(getattr(room, name) for room in (musiclm_pytorch, audiolm_pytorch, audio) if hasattr(room, name))
+        called = getattr(owner, method) if method else owner
+        known = set(inspect.signature(called).parameters)
+        if name.endswith("Trainer"):
+            known |= set(LoopSettings.__dataclass_fields__)
+        assert set(re.findall(r"(\w+)=", arguments)) <= known, name
 
 
 def test_pages_have_blocks():

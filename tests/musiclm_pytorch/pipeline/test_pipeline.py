@@ -223,6 +223,18 @@ def test_a_damaged_record_of_a_run_is_named(micro_data, micro_run, tmp_path, fil
         list(Pipeline(MICRO, data=micro_data, out=tmp_path / "run").run("codec"))
 
 
+def test_a_run_inside_the_data_continues(tmp_path):
+    """Music that a run writes into the data is no new training file."""
+    data = write_clips(tmp_path / "data", 4, captions=False)
+    before = Pipeline(MICRO, data=data, out=data / "run").items
+    for name in ("samples", "codec/samples"):
+        (data / "run" / name).mkdir(parents=True)
+        shutil.copy(data / "00.wav", data / "run" / name / "1.wav")
+    (data / "run" / "run.json").write_text("{}")
+    (data / "run" / "codec" / "metrics.jsonl").write_text("{}")
+    assert Pipeline(MICRO, data=data, out=data / "run").items == before
+
+
 def test_corpus_may_move(micro_data, micro_run, tmp_path, monkeypatch):
     """The same files in another folder continue the run."""
     shutil.copytree(micro_run, tmp_path / "run")
