@@ -1,6 +1,6 @@
 """The SoundStream codec, which combines encoder, residual quantizer and decoder (arXiv 2107.03312)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,7 +160,6 @@ class SoundStream(StreamingCodec):
         return_recons_only: bool = False,
         quantize: bool = True,
         denoise: bool | Tensor = False,
-        replace_codes: Callable[[Tensor], Tensor] | None = None,
     ) -> CodecOutput | Tensor:
         """Encode, quantize and decode waves `[n]`, `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`.
 
@@ -170,9 +169,6 @@ class SoundStream(StreamingCodec):
             quantize: Whether to quantize frames; False calls `FrameQuantizer.bypass` instead (first training steps).
             denoise: Whether to remove noise, as one bool for all items or a bool tensor `[b]`; True needs a codec with
                 `denoising`.
-            replace_codes: Function that receives the codes `[b, f, q']` of the levels that level dropout kept, and
-                returns the codes to decode instead; gradients still reach the encoder. `CodecOutput.codes` keeps the
-                encoded codes. Only training with `quantize` uses this function.
 
         Returns:
             The reconstructed waves with as many samples as the input, or a `CodecOutput` that contains them.
@@ -182,9 +178,6 @@ class SoundStream(StreamingCodec):
             return self.decoder(self.quantizer.decode(self.quantizer.encode(frames)))[..., :num_samples]
         if quantize:
             quantized, codes, loss = self.quantizer(frames)
-            if replace_codes is not None:
-                kept = codes[..., : int((codes[0, 0] >= 0).sum())]
-                quantized = quantized + (self.quantizer.decode(replace_codes(kept)) - self.quantizer.decode(kept))
         else:
             quantized, loss = self.quantizer.bypass(frames), frames.new_zeros(())
             codes = frames.new_full((*frames.shape[:2], self.num_quantizers), -1, dtype=torch.long)

@@ -3,7 +3,6 @@
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
 from audiolm_pytorch.codecs.training.task import MEL_ONLY, CodecLossWeights, CodecTask
 from audiolm_pytorch.codecs.training.trainer import SoundStreamTrainer
-from audiolm_pytorch.codecs.training.wrong_codes import WrongCodes
 
 __all__ = [
     "MEL_ONLY",
@@ -11,5 +10,4 @@ __all__ = [
     "CodecTask",
     "MultiScaleMelLoss",
     "SoundStreamTrainer",
-    "WrongCodes",
 ]

@@ -3,15 +3,12 @@
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.codecs.quantizers.base import ResidualLevels
 from audiolm_pytorch.codecs.quantizers.distributed import rank_and_count
 from audiolm_pytorch.codecs.soundstream import CodecOutput, SoundStream
 from audiolm_pytorch.codecs.training.balancer import LossBalancer
@@ -29,7 +26,6 @@ from audiolm_pytorch.codecs.training.monitoring import (
     reconstruction_metrics,
     write_pairs,
 )
-from audiolm_pytorch.codecs.training.wrong_codes import WrongCodes
 from audiolm_pytorch.data.batches import padded_waves
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.data.items import items_digest
@@ -129,11 +125,8 @@ class CodecTask:
         discriminator_lead_steps: int = 0,
         unquantized_steps: int = 300,
         noise: tuple[NoiseMixer, NoiseMixer] | None = None,
-        wrong_codes: WrongCodes | None = None,
     ) -> None:
         self.codec, self.train, self.valid, self.noise = codec, train, valid, noise
-        quantizer: Any = codec.quantizer  # `_check` checks the type that wrong codes need
-        self._replace_codes = None if wrong_codes is None else partial(wrong_codes.replaced, quantizer)
         self.weights, self.discriminators = weights, discriminators
         self.unquantized_steps = unquantized_steps
         self.adversarial_start_step = adversarial_start_step
@@ -166,8 +159,6 @@ class CodecTask:
         }
         noises = () if noise is None else (noise[0].noise, noise[1].noise)
         self.config["data"] = items_digest([item for crops in (train, valid, *noises) for item in crops.items])
-        if wrong_codes is not None:
-            self.config["wrong_codes"] = asdict(wrong_codes)
 
     def batch(self, indices: list[tuple[int, int]]) -> CodecBatch:
         """Load the training examples of (epoch, index) pairs; shorter waves are padded with zeros."""
@@ -208,9 +199,7 @@ class CodecTask:
         # computed at every step and not stored: a skipped step restores the untrained codebooks
         if self._quantizes and codebooks_are_untrained(self.codec):
             self._initialise_codebooks()
-        output: CodecOutput = self.codec(
-            batch.wave, quantize=self._quantizes, denoise=batch.denoise, replace_codes=self._replace_codes
-        )
+        output: CodecOutput = self.codec(batch.wave, quantize=self._quantizes, denoise=batch.denoise)
         wave = output.wave.float()
         losses: dict[str, Tensor] = {}
         if self.weights.mel:
@@ -276,11 +265,6 @@ class CodecTask:
             discriminators(wave)
         if self.noise is not None and codec.denoising is None:
             raise ValueError("noise needs a codec with denoising=FiLM(...), got one with no denoising condition")
-        if not isinstance(codec.quantizer, ResidualLevels) and self._replace_codes:
-            raise ValueError(
-                "wrong_codes needs a codec with one residual quantizer, got "
-                f"{type(codec.quantizer).__name__}; use rq_groups=1"
-            )
 
     @torch.no_grad()
     def _initialise_codebooks(self) -> None:

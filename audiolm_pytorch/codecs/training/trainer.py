@@ -12,7 +12,6 @@ from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.codecs.training.denoising import NoiseMixer
 from audiolm_pytorch.codecs.training.monitoring import MelWarning
 from audiolm_pytorch.codecs.training.task import CodecLossWeights, CodecTask, codebooks_are_untrained
-from audiolm_pytorch.codecs.training.wrong_codes import WrongCodes
 from audiolm_pytorch.data.crops import CropDataset, crop_seconds
 from audiolm_pytorch.data.manifest import AudioItem, AudioSplit, DataSource, training_items
 from audiolm_pytorch.saving.modules import module_spec, save_module
@@ -60,7 +59,6 @@ class SoundStreamTrainer:
         noise_folder: Folder or manifest of noise recordings, for a codec with a denoising condition.
         noise_items: Training noise and validation noise, instead of `noise_folder`.
         noise_snr_db: Lowest and highest signal-to-noise ratio (dB).
-        wrong_codes: Wrong codes that the decoder receives in training; None trains only with the encoded codes.
         **settings: Further fields of `LoopSettings`; the phases are "generator" and "discriminator".
     """
 
@@ -84,7 +82,6 @@ class SoundStreamTrainer:
         noise_folder: DataSource | None = None,
         noise_items: AudioSplit | Dataset | None = None,
         noise_snr_db: tuple[float, float] = _NOISE_SNR_DB,
-        wrong_codes: WrongCodes | None = None,
         accelerator: "accelerate.Accelerator | None" = None,
         **settings: Any,
     ) -> None:
@@ -136,7 +133,6 @@ class SoundStreamTrainer:
             discriminator_lead_steps=discriminator_lead_steps,
             unquantized_steps=unquantized_steps,
             noise=noise,
-            wrong_codes=wrong_codes,
         )
         self.results_folder = Path(results_folder)
         self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator, MelWarning(num_train_steps))

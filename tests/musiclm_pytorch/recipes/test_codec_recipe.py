@@ -16,10 +16,10 @@ from musiclm_pytorch.recipes.metrics.code_stability import code_stability, stabi
 RATE_HZ = 16000
 
 
-def tiny_codec(seed: int = 0, *, magnitude_floor: float = 1e-5) -> SoundStream:
+def tiny_codec(seed: int = 0) -> SoundStream:
     torch.manual_seed(seed)
     sizes: dict[str, Any] = dict(dim=16, encoder_depth=1, decoder_depth=1, code_dim=8, codebook_size=16)
-    return SpectralSoundStream(**sizes, rq_num_quantizers=4, magnitude_floor=magnitude_floor)
+    return SpectralSoundStream(**sizes, rq_num_quantizers=4)
 
 
 def clicks(period_seconds: float, num_seconds: int = 4) -> torch.Tensor:
@@ -59,21 +59,13 @@ def test_rows_have_the_shares_of_equal_codes() -> None:
 def test_recipe_trains_all_rounds_and_continues(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The last round keeps the codes of its floor; a second run trains nothing; `start` skips the other rounds."""
+    """The second round continues the first; a second run trains nothing."""
     monkeypatch.setattr(recipe, "build_codec", tiny_codec)
     recipe.main((folder,), tmp_path / "run", scale=1e-4)
     rows = {part.name: (tmp_path / "run" / part.name / "metrics.jsonl").read_text() for part in recipe._ROUNDS}
-    before, codec = (
-        SoundStream.init_and_load_from(tmp_path / "run" / name) for name in ("second/codec", "codec_16khz")
-    )
-    assert codec.encoder.magnitude_floor == 3e-5
-    before.encoder.magnitude_floor = 3e-5
-    assert torch.equal(before.half().float().tokenize(clicks(0.4)), codec.float().tokenize(clicks(0.4)))
     recipe.main((folder,), tmp_path / "run", scale=1e-4)
     assert all((tmp_path / "run" / name / "metrics.jsonl").read_text() == lines for name, lines in rows.items())
     start = str(tmp_path / "run" / "codec_16khz")
-    recipe.main((folder,), tmp_path / "other", start=start, scale=1e-4)
-    assert {path.name for path in (tmp_path / "other").iterdir()} == {"decoder", "codec_16khz"}
     metrics.main(folder, codecs=(start,), limit=2, json=tmp_path / "stability.json")
     assert "own copy" in capsys.readouterr().out
     assert set(json.loads((tmp_path / "stability.json").read_text())["codecs"]) == {start}
