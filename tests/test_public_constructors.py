@@ -95,11 +95,38 @@ def test_parts_of_a_stage_wrapper_have_the_names_of_its_arguments():
     assert all(getattr(wrapper, name) is part for name, part in parts.items())
 
 
-def test_constructor_names_of_modules_are_attributes():
-    """Modules that a constructor receives are found under the names of its arguments."""
+# Arguments that are no attributes, by class, and why.
+NO_ATTRIBUTES = {
+    # They define the default networks and quantizer, which have them as attributes; passed parts replace these.
+    "SoundStream": {"use_lookup_free_quantizer", "use_finite_scalar_quantizer"}
+    | {"strides", "attn_window_size", "attn_depth"},
+}
+# Attributes that already had the name, with another meaning: the linear heads of a stage, the channels of a codec's
+# audio; and default values that depend on other arguments.
+OTHER_VALUES = {"heads", "channels", "num_mels", "spec_n_fft", "layer", "rate_hz", "semantic_rate_hz"}
+
+
+def built_modules():
+    """An instance of each exported module that needs no published weights, with its arguments."""
+    for name, arguments in ARGUMENTS.items():
+        build, parts = constructor(name)
+        if inspect.isclass(build):
+            yield name, build(**arguments, **parts), {**arguments, **parts}
     musiclm = small.small_musiclm()
-    quantizer = musiclm.mulan_embed_quantizer
-    for module in (musiclm, musiclm.audio_lm, quantizer, quantizer.mulan, musiclm.audio_lm.wav2vec):
-        names = inspect.signature(type(module).__init__).parameters
-        for name in set(names) & {*dict(module.named_children()), "audio_transformer", "text_transformer"}:
-            assert isinstance(getattr(module, name), nn.Module)
+    for module in (musiclm, musiclm.audio_lm, musiclm.audio_lm.wav2vec):
+        yield type(module).__name__, module, {}
+    for loss in (musiclm_pytorch.SigmoidContrastiveLearning, musiclm_pytorch.SoftmaxContrastiveLearning):
+        yield loss.__name__, loss(), {}
+    yield "TextTokenizer", musiclm_pytorch.TextTokenizer(), {}
+
+
+def test_constructor_names_are_attributes():
+    """Arguments of all exported classes are found under their names, with the values that were passed."""
+    for name, module, arguments in built_modules():
+        parameters = inspect.signature(type(module).__init__).parameters.values()
+        names = {each.name for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)}
+        missing = {each for each in (names | arguments.keys()) - {"self"} if not hasattr(module, each)}
+        assert missing == NO_ATTRIBUTES.get(name, set()), name
+        for argument, value in arguments.items():
+            if argument not in missing | OTHER_VALUES and isinstance(value, int | float | str):
+                assert getattr(module, argument) == value, (name, argument)

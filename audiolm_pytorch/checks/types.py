@@ -3,14 +3,14 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from beartype import BeartypeConf, beartype
 
-__all__ = ["described", "typed"]
+__all__ = ["described", "keep_arguments", "typed"]
 
 Target = TypeVar("Target", bound=Callable[..., Any])
 
@@ -54,6 +54,13 @@ def typed(target: Target) -> Target:
             args, keywords = arguments.args, arguments.kwargs
 
     return call  # type: ignore[return-value]
+
+
+def keep_arguments(instance: Any, arguments: Mapping[str, Any]) -> None:
+    """Make constructor arguments attributes of an instance; existing attributes do not change."""
+    for name, value in arguments.items():
+        if not hasattr(instance, name):
+            setattr(instance, name, value)
 
 
 def described(value: Any) -> str:

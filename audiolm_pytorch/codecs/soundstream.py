@@ -96,10 +96,13 @@ class SoundStream(StreamingCodec):
         kind = dict(lookup_free=use_lookup_free_quantizer, finite_scalar=use_finite_scalar_quantizer)
         self.quantizer: FrameQuantizer = quantizer or make_quantizer(**sizes, groups=rq_groups, **kind)
         self.denoising = denoising
-        self.target_sample_hz, self.channels = target_sample_hz, audio_channels
+        self.target_sample_hz = target_sample_hz
+        # `channels` is the name of all codecs, not the width of the first convolution.
+        self.channels = self.audio_channels = audio_channels
         self.downsample_factor = self.encoder.downsample_factor
         self.num_quantizers, self.codebook_size = self.quantizer.num_quantizers, self.quantizer.codebook_size
-        self.num_groups = self.quantizer.num_groups
+        self.num_groups = self.rq_groups = self.quantizer.num_groups
+        self.rq_num_quantizers, self.codebook_dim = self.num_quantizers // self.num_groups, self.encoder.dim
         self._check_compatible()
 
     def _check_compatible(self) -> None:

@@ -34,7 +34,7 @@ class TextTokenizer:
 
     @typed
     def __init__(self, tokenizer: Tokenizer | None = None, *, special_tokens: bool = False) -> None:
-        self._tokenizer = _untrained() if tokenizer is None else tokenizer
+        self.tokenizer = _untrained() if tokenizer is None else tokenizer
         self.special_tokens = special_tokens
 
     @classmethod
@@ -68,17 +68,17 @@ class TextTokenizer:
 
     def to_json(self) -> str:
         """Return the tokenizer as a JSON string for `from_json`."""
-        return self._tokenizer.to_str()
+        return self.tokenizer.to_str()
 
     @property
     def vocab_size(self) -> int:
         """Size of the vocabulary; ids are in [0, vocab_size)."""
-        return self._tokenizer.get_vocab_size()
+        return self.tokenizer.get_vocab_size()
 
     @property
     def num_special_tokens(self) -> int:
         """Number of special tokens that are added to every text."""
-        return self._tokenizer.num_special_tokens_to_add(False) if self.special_tokens else 0
+        return self.tokenizer.num_special_tokens_to_add(False) if self.special_tokens else 0
 
     @typed
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Tensor:
@@ -98,7 +98,7 @@ class TextTokenizer:
         if empty:
             raise ValueError(f"text {empty[0]} of {len(cleaned)} is empty; every text needs at least one word")
         with rust_errors("the tokenizer cannot encode these texts"):
-            encodings = self._tokenizer.encode_batch(cleaned, add_special_tokens=False)
+            encodings = self.tokenizer.encode_batch(cleaned, add_special_tokens=False)
         num_special = self.num_special_tokens
         longest = num_special + max(map(len, encodings))
         if max_tokens is not None and longest > max_tokens:
@@ -106,14 +106,14 @@ class TextTokenizer:
             for encoding in encodings:
                 encoding.truncate(max_tokens - num_special)
         if self.special_tokens:
-            encodings = [self._tokenizer.post_process(encoding) for encoding in encodings]
+            encodings = [self.tokenizer.post_process(encoding) for encoding in encodings]
         tensors = [torch.tensor(encoding.ids, dtype=torch.long) for encoding in encodings]
         return pad_sequence(tensors, batch_first=True, padding_value=PADDING)
 
     @typed
     def decode(self, ids: Tensor) -> list[str]:
         """Decode token ids `[b, t]`, padded with -1, to normalised texts. Bytes that are not UTF-8 become U+FFFD."""
-        return [self._tokenizer.decode(row[row >= 0].tolist()).strip() for row in ids]
+        return [self.tokenizer.decode(row[row >= 0].tolist()).strip() for row in ids]
 
 
 def ids_of(texts: str | Sequence[str] | Tensor, tokenizer: TextTokenizer, num_tokens: int, max_tokens: int) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from audiolm_pytorch.audio.units import frames_inside
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import keep_arguments, typed
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.tokens.layout import TokenLayout
-from audiolm_pytorch.tokens.streams import PackedTokens, Stream
+from audiolm_pytorch.tokens.streams import PackedTokens, Stream, exact_rate
 
 __all__ = ["AudioTokens", "StageTransformer", "TokenSource"]
 
@@ -111,6 +111,12 @@ class StageTransformer(TokenTransformer):
             layout_config["extra_streams"] = [stream.to_dict() for stream in extra]
         condition_config = {"cond_dim": cond_dim, "audio_text_condition": audio_text_condition}
         self._config = {**config, **layout_config, **self._config, **condition_config}
+        self._keep_config()
+
+    def _keep_config(self) -> None:
+        """Make the arguments in the config attributes, with rates as numbers."""
+        rates = {name: exact_rate(rate) for name, rate in self._config.items() if name.endswith("rate_hz")}
+        keep_arguments(self, {**self._config, **rates})
 
     @property
     def config(self) -> dict[str, Any]:

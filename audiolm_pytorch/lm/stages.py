@@ -5,7 +5,7 @@ from fractions import Fraction
 from math import ceil
 from typing import Any
 
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import keep_arguments, typed
 from audiolm_pytorch.lm.stage_transformer import StageTransformer, TokenSource
 from audiolm_pytorch.saving.modules import register
 from audiolm_pytorch.tokens.streams import Stream, exact_rate
@@ -129,6 +129,7 @@ class CoarseTransformer(StageTransformer):
             audio_text_condition=audio_text_condition,
             **options,
         )
+        keep_arguments(self, options_of_stream)
 
 
 @register

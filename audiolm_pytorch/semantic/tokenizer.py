@@ -71,7 +71,7 @@ class KMeansTokenizer(SemanticTokenizer):
         self.seq_len_multiple_of = seq_len_multiple_of
         self.encoder = encoder.eval().requires_grad_(False)
         self.target_sample_hz, self.downsample_factor = encoder.sample_hz, encoder.downsample_factor
-        self.codebook_size = num_clusters
+        self.codebook_size = self.num_clusters = num_clusters
 
     @property
     def config(self) -> dict[str, Any]:

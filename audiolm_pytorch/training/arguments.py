@@ -7,6 +7,8 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
+from audiolm_pytorch.checks.types import keep_arguments
+
 __all__ = ["trainer_arguments"]
 
 Class = TypeVar("Class", bound=type)
@@ -47,7 +49,7 @@ _FORMER_NAMES = {
 
 
 def trainer_arguments(settings: type | None = None) -> Callable[[Class], Class]:
-    """Return a class decorator that checks keyword names in the constructor."""
+    """Return a class decorator: the constructor checks keyword names, and its arguments become attributes."""
 
     def decorate(cls: Class) -> Class:
         init = cls.__init__  # type: ignore[misc]
@@ -62,6 +64,9 @@ def trainer_arguments(settings: type | None = None) -> Callable[[Class], Class]:
                     suggestion = _FORMER_NAMES.get(name) or ", ".join(get_close_matches(name, known) or known)
                     raise TypeError(f"{type(self).__name__} has no argument {name!r}; use {suggestion}")
             init(self, *args, **keywords)
+            arguments = inspect.signature(init).bind(self, *args, **keywords)
+            arguments.apply_defaults()
+            keep_arguments(self, {name: arguments.arguments[name] for name in known if name in arguments.arguments})
 
         cls.__init__ = checked_init  # type: ignore[misc]
         return cls

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio.padding import checked_lengths, length_mask
 from audiolm_pytorch.audio.waves import mono_waves
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import keep_arguments, typed
 from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.positions import WavePositionBias
 from audiolm_pytorch.nn.transformer import build_encoder
@@ -88,6 +88,7 @@ class AudioSpectrogramTransformer(SavedModule):
         self.band_embedding = nn.Parameter(torch.randn(self.num_bands, dim) * 0.02)
         bias = WavePositionBias(heads, num_axes=2, num_waves=position_waves) if position_waves else None
         self.encoder = build_encoder(dim, depth, heads, dim_head, ff_mult, float(dropout), position_bias=bias)
+        keep_arguments(self, self.config)
 
     def forward(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Embed clips as `[b, dim]` float32, not of unit norm.

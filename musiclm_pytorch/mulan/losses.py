@@ -50,7 +50,7 @@ class ContrastiveLoss(SavedModule, ABC):
                 f"min_temperature must be in (0, init_temperature = {init_temperature}], got {min_temperature}"
             )
         self.config: dict[str, Any] = {"init_temperature": init_temperature, "min_temperature": min_temperature}
-        self.min_temperature = min_temperature
+        self.init_temperature, self.min_temperature = init_temperature, min_temperature
         self.log_temperature = nn.Parameter(torch.tensor(math.log(init_temperature)))
 
     @property
@@ -206,7 +206,7 @@ class SigmoidContrastiveLearning(ContrastiveLoss):
         self, init_temperature: float = 0.1, min_temperature: float = 0.01, *, init_bias: float = -10.0
     ) -> None:
         super().__init__(init_temperature, min_temperature)
-        self.config["init_bias"] = init_bias
+        self.config["init_bias"] = self.init_bias = init_bias
         self.bias = nn.Parameter(torch.tensor(init_bias))
 
     def chance(self, num_clips: int, texts_per_clip: float, negatives_per_clip: float = 0.0) -> float:

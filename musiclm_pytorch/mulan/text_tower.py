@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import keep_arguments, typed
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer, ids_of
 from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.transformer import build_encoder
@@ -92,6 +92,7 @@ class TextTransformer(TextTower):
         self.encoder = build_encoder(dim, depth, heads, dim_head, ff_mult, dropout)
         self.known_words = None if known_words is None else list(known_words)
         self._reported: set[str] = set()
+        keep_arguments(self, self._sizes)
 
     @property
     def config(self) -> dict[str, Any]:

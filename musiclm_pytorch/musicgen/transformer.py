@@ -111,3 +111,4 @@ class MusicGenTransformer(StageTransformer):
             "checkpoint_blocks": checkpoint_blocks,
             "conditions": {name: spec.to_dict() for name, spec in self.fuser.specs.items() if name not in _OWN},
         }
+        self._keep_config()

@@ -67,7 +67,8 @@ class MuLaNEmbedQuantizer(Conditioner):
                 f"{tuple(conditioning_dims)}, {rq_num_quantizers} and {codebook_size}"
             )
         self.namespaces, self.conditioning_dims = tuple(namespaces), tuple(conditioning_dims)
-        self.num_quantizers, self.codebook_size = rq_num_quantizers, codebook_size
+        self.num_quantizers = self.rq_num_quantizers = rq_num_quantizers
+        self.codebook_size = codebook_size
         self.mulan = mulan.eval()
         num_codes = rq_num_quantizers * codebook_size
         self.tables = nn.ModuleDict(

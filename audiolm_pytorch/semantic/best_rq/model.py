@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.checks.tracing import is_traced, split_rows
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import keep_arguments, typed
 from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.transformer import build_encoder
 from audiolm_pytorch.saving.modules import constructor_arguments, register
@@ -63,6 +63,7 @@ class BestRQEncoder(FrameEncoder):
         self.downsample_factor = self.front_end.downsample_factor
         self.to_tokens = nn.Linear(self.front_end.dim, dim)
         self.transformer = build_encoder(dim, depth, heads, dim_head, ff_mult, dropout)
+        keep_arguments(self, self.config)
 
     def num_frames(self, num_samples: int) -> int:
         """Return the number of tokens, `ceil(num_samples / downsample_factor)`."""

@@ -1,6 +1,7 @@
 """Arguments of trainers and settings: numpy numbers, lists, whole numbers, and errors for unknown names."""
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from audiolm_pytorch import SemanticTransformerTrainer, SoundStreamTrainer
 from audiolm_pytorch.codecs.training.task import CodecLossWeights
+from audiolm_pytorch.lm.trainers import StageTrainer
 from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer
 from audiolm_pytorch.training import LoopSettings
 from audiolm_pytorch.training.arguments import _FORMER_NAMES
@@ -18,6 +20,22 @@ from tests.helpers.fakes import SAMPLE_HZ, FakeSemanticTokenizer, tiny_stages
 pytestmark = pytest.mark.usefixtures("low_rates")
 
 SIZES = {"num_train_steps": 1, "batch_size": 1}
+
+
+def test_arguments_of_trainers_are_attributes(write_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """The names of the constructor, also those with default values."""
+    folder = write_folder(num_files=3, seconds=0.5, sample_hz=SAMPLE_HZ)
+    trainer = SemanticTransformerTrainer(
+        transformer=tiny_stages()["semantic"],
+        wav2vec=FakeSemanticTokenizer(),
+        folder=folder,
+        data_max_length=400,
+        results_folder=tmp_path / "run",
+        **SIZES,
+    )
+    names = inspect.signature(StageTrainer.__init__).parameters
+    assert [name for name in names if name not in ("self", "settings") and not hasattr(trainer, name)] == []
+    assert trainer.folder == folder and trainer.codec is None and trainer.data_max_length == 400
 
 
 def test_settings_accept_whole_numbers_numpy_numbers_and_lists() -> None:
