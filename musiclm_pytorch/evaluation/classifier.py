@@ -113,7 +113,8 @@ class AttributeClassifier(nn.Module):
 
     def describe(self, waves: Tensor, sample_hz: int) -> Tensor:
         """Compute standardised features `[b, d]` of clips or words `[b, n]`."""
-        return self._standardise(self.features(waves.to(self.mean.device), sample_hz))
+        features = self._standardise(self.features(waves.to(self.mean.device), sample_hz))
+        return features.to(self.mean.dtype)
 
     @torch.no_grad()
     def predict_proba(self, waves: Tensor, sample_hz: int) -> dict[str, Tensor]:

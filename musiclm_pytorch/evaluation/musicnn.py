@@ -91,12 +91,12 @@ class MusicNN(nn.Module):
         window = torch.hann_window(_N_FFT, device=waves.device)
         padded = F.pad(waves.float(), (_N_FFT // 2, _N_FFT // 2), mode="reflect")
         spectrum = torch.stft(padded, _N_FFT, _HOP_SAMPLES, window=window, center=False, return_complex=True)
-        energies = self.filters @ spectrum.abs().square()
+        energies = self.filters.float() @ spectrum.abs().square()
         return rearrange((10_000 * energies + 1).log10(), "b m f -> b f m")
 
     def forward(self, log_mels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute embeddings `[b, 200]` and tag probabilities `[b, tags]` of spectrograms `[b, 187, 96]`."""
-        mels = self.input_norm(rearrange(log_mels, "b f m -> b 1 f m"))
+        mels = self.input_norm(rearrange(log_mels.to(self.dense.weight.dtype), "b f m -> b 1 f m"))
         front = torch.cat([conv(mels) for conv in self.front], dim=1)
         first = self.middle[0](front)
         second = first + self.middle[1](first)

@@ -49,6 +49,7 @@ class Discriminator(SavedModule, ABC):
 def run_layers(layers: Iterable[nn.Module], last: nn.Module, x: Tensor) -> ScaleOutput:
     """Run layers, each with a leaky ReLU, then the last layer; the features are the outputs of the leaky ReLUs."""
     features = []
+    x = x.to(next(last.parameters()).dtype)
     for layer in layers:
         x = leaky_relu_(layer(x))
         features.append(x)
