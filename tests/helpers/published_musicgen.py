@@ -37,10 +37,12 @@ ENCODEC: dict[str, Any] = dict(
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """Random norms, biases and codebooks, and weights that make attention far from uniform."""
+    """Random norms, biases and codebooks; attention is far from uniform, and codes depend on the wave."""
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if name.startswith("audio_encoder"):
+                if name.startswith("audio_encoder.encoder"):  # otherwise, all waves have the same codes
+                    tensor.mul_(2.0 if name.endswith("original0") else 0.0 if name.endswith("bias") else 1.0)
                 continue
             noise = torch.randn(tensor.shape)
             tensor.copy_(tensor + 0.3 * noise if tensor.ndim == 1 else noise * tensor.shape[-1] ** -0.5)

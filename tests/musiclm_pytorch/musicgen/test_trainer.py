@@ -66,7 +66,7 @@ def test_clips_are_memorised_by_text_by_melody_and_by_prompt(folder: Path, tmp_p
         model,
         folder=folder / "manifest.jsonl",
         batch_size=8,
-        num_train_steps=500,
+        num_train_steps=400,
         learning_rate=3e-3,
         warmup_steps=10,
         results_folder=tmp_path / "run",
