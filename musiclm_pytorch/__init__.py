@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from musiclm_pytorch.mulan.captions import CaptionSampler as CaptionSampler
     from musiclm_pytorch.mulan.trainer import MuLaNTrainer as MuLaNTrainer
     from musiclm_pytorch.musicgen.musicgen import AudioGen as AudioGen, MusicGen as MusicGen
+    from musiclm_pytorch.musicgen.trainer import MusicGenTrainer as MusicGenTrainer
     from musiclm_pytorch.musicgen.transformer import MusicGenTransformer as MusicGenTransformer
     from musiclm_pytorch.musiclm import MusicLM as MusicLM
     from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer as MuLaNEmbedQuantizer

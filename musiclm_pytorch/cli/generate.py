@@ -3,10 +3,11 @@
 import json
 import struct
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -14,7 +15,10 @@ from audiolm_pytorch.saving.text import printable
 from musiclm_pytorch.cli.checks import ModelOptions, check_file, device_named
 
 if TYPE_CHECKING:
-    from musiclm_pytorch.musiclm import MusicLM
+    from torch import Tensor
+
+    from musiclm_pytorch.musicgen.musicgen import GeneratedMusic, MusicGen
+    from musiclm_pytorch.musiclm import MusicChunk, MusicLM
 
 __all__ = ["Generate"]
 
@@ -33,7 +37,8 @@ class Generate(ModelOptions):
     text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
     """Description of the music, e.g. "a fast jig played on the flute"."""
     model: str = "tiny"
-    """Name of a bundled model, the folder of a trained one, or a hub id."""
+    """Name of a bundled model, the folder of a trained one, or a hub id. MusicGen and AudioGen models, for example
+    facebook/musicgen-small, generate one piece without ranking."""
     seconds: float = 5.0
     """Length in seconds, rounded up to whole frames."""
     num_samples: int = 4
@@ -44,6 +49,8 @@ class Generate(ModelOptions):
     """Device: cpu, cuda, mps, ... or auto, which selects a GPU if there is one."""
     continue_from: Path | None = None
     """Audio file to continue, of any sample rate. Its length counts towards --seconds."""
+    melody: Path | None = None
+    """Audio file whose melody the music follows, for MusicGen models with a melody."""
     out: Path = Path("music.wav")
     """File to write (.wav, .flac or .ogg; with --stream .wav or .raw, or - for standard output). A missing folder is
     created. Without --stream, the comment field of the file has the text, the model and the seed."""
@@ -61,13 +68,41 @@ class Generate(ModelOptions):
         """Write the best candidate to a file and print the similarity of each candidate to the text."""
         _check(self)
 
-        from audiolm_pytorch.audio.files import write_audio
+        from musiclm_pytorch.musicgen.published import is_musicgen
+
+        source, device = self.source_of(self.model), device_named(self.device)
+        if is_musicgen(**source):
+            from musiclm_pytorch.musicgen.musicgen import MusicGen
+
+            self._generate_musicgen(MusicGen.from_pretrained(**source, device=device))
+            return 0
+        if self.melody is not None:
+            raise ValueError(f"--melody needs a MusicGen model with a melody, {self.model} is none")
         from musiclm_pytorch.musiclm import MusicLM
 
-        musiclm = MusicLM.from_pretrained(**self.source_of(self.model), device=device_named(self.device))
+        musiclm = MusicLM.from_pretrained(**source, device=device)
         if self.stream:
             self._stream(musiclm)
-            return 0
+        else:
+            self._generate(musiclm)
+        return 0
+
+    def _generate_musicgen(self, musicgen: "MusicGen") -> None:
+        """Write the music of a MusicGen to a file, or chunk by chunk."""
+        request: dict[str, Any] = {
+            "texts": self.text,
+            "seconds": self.seconds,
+            "seeds": self.seed,
+            "prompt": self.continue_from,
+            "melody": self.melody,
+        }
+        if self.stream:
+            self._write_chunks(musicgen.stream(**request))
+        else:
+            self._write_music(musicgen.generate(**request, progress=True).waves[0], musicgen.sample_hz, 0)
+
+    def _generate(self, musiclm: "MusicLM") -> None:
+        """Write the best candidate of a MusicLM to a file."""
         candidates = musiclm(
             self.text,
             num_samples=self.num_samples,
@@ -78,18 +113,23 @@ class Generate(ModelOptions):
             prime_wave=self.continue_from,
         )
         best = int(candidates.order[0, 0])
-        wave = candidates.waves[0, best]
+        scores = candidates.scores[0].tolist()
+        self._write_music(candidates.waves[0, best], candidates.sample_hz, best, scores)
+
+    def _write_music(self, wave: "Tensor", sample_hz: int, best: int, scores: Sequence[float] = ()) -> None:
+        """Write a wave and its plot; `best` is the number of the selected candidate of those with `scores`."""
+        from audiolm_pytorch.audio.files import write_audio
+
         if not wave.isfinite().all():
             raise self._nan_error()
-        write_audio(self.out, wave, candidates.sample_hz, comment=self._comment(best))
-        self._report(candidates.scores[0].tolist(), best)
+        write_audio(self.out, wave, sample_hz, comment=self._comment(best))
+        self._report(scores, best)
         self._print(f"wrote {self.out}")
         if self.plot is not None:
             from musiclm_pytorch.evaluation.plots import plot_wave
 
-            plot_wave(wave, candidates.sample_hz, self.plot, title=self.text)
+            plot_wave(wave, sample_hz, self.plot, title=self.text)
             self._print(f"wrote {self.plot}")
-        return 0
 
     def _stream(self, musiclm: "MusicLM") -> None:
         """Write the music chunk by chunk, and print the scores of the candidates after the first chunk."""
@@ -101,10 +141,15 @@ class Generate(ModelOptions):
             rank_seconds=self.rank_seconds,
             prime_wave=self.continue_from,
         )
-        first = next(chunks)  # before the file is created
-        channels = first.wave.shape[1] if first.wave.ndim == 3 else 1
+        first = next(chunks)
         if first.scores is not None:
             self._report(first.scores[0].tolist(), first.seeds[0] - self.seed)
+        self._write_chunks(chain([first], chunks))
+
+    def _write_chunks(self, chunks: "Iterator[MusicChunk | GeneratedMusic]") -> None:
+        """Write the first wave of every chunk as soon as the chunk is generated."""
+        first = next(chunks)  # before the file is created
+        channels = len(first.waves[0]) if first.waves[0].ndim == 2 else 1
         has_header = not self.raw and self.out.suffix.lower() != ".raw"
         to_file = self.out != _STANDARD_OUTPUT
         if to_file:
@@ -125,7 +170,7 @@ class Generate(ModelOptions):
                 file.write(_wav_header(first.sample_hz, channels, num_bytes))
         self._print(f"wrote {self.out if to_file else 'standard output'}")
 
-    def _report(self, scores: list[float], best: int) -> None:
+    def _report(self, scores: Sequence[float], best: int) -> None:
         """Print the similarity of every candidate to the text."""
         for number, score in enumerate(scores):
             kept = "  <- kept" if number == best else ""

@@ -9,7 +9,8 @@ import torch
 
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import TextEncoder
-from audiolm_pytorch.saving.hub import LoadedModel, model_type_of
+from audiolm_pytorch.saving.files import read_json
+from audiolm_pytorch.saving.hub import LoadedModel
 from audiolm_pytorch.saving.model_folder import load_parts, read_card, write_model_folder
 from audiolm_pytorch.saving.sources import find_folder, licence_of
 from musiclm_pytorch.musicgen.audiocraft_format import AUDIOCRAFT_FILES, read_audiocraft
@@ -17,9 +18,10 @@ from musiclm_pytorch.musicgen.parts import MusicGenParts
 from musiclm_pytorch.musicgen.transformer import MusicGenTransformer
 from musiclm_pytorch.musicgen.transformers_format import MODEL_TYPES, read_transformers
 
-__all__ = ["CARD", "load_musicgen_parts", "read_own_parts", "write_own_parts"]
+__all__ = ["CARD", "is_musicgen", "load_musicgen_parts", "read_own_parts", "write_own_parts"]
 
 CARD = "musicgen.json"
+_MAIN_FILES = (CARD, "config.json", AUDIOCRAFT_FILES[0])
 _PARTS: dict[str, Any] = {"transformer": MusicGenTransformer, "codec": Codec, "text_conditioner": TextEncoder}
 
 
@@ -27,7 +29,7 @@ def load_musicgen_parts(
     source: str | Path, text_conditioner: TextEncoder | None, hub: Mapping[str, Any]
 ) -> MusicGenParts:
     """Load the parts of a model from a folder or the hub; `MusicGen.from_pretrained` documents the arguments."""
-    folder, commit = find_folder(source, needs=[CARD, "config.json", AUDIOCRAFT_FILES[0]], **hub)
+    folder, commit = find_folder(source, needs=_MAIN_FILES, **hub)
     if commit is not None and not (folder / CARD).is_file() and not _is_transformers(folder):
         folder, commit = find_folder(source, files=[*AUDIOCRAFT_FILES, "README.md"], **hub)
     licence = licence_of(folder, source) or LoadedModel.licence
@@ -44,6 +46,15 @@ def load_musicgen_parts(
             f"transformers, or with audiocraft's {' and '.join(AUDIOCRAFT_FILES)}"
         )
     return loaded if text_conditioner is None else replace(loaded, text_conditioner=text_conditioner)
+
+
+def is_musicgen(source: str | Path, **hub: Any) -> bool:
+    """Whether a folder or a hub id has a MusicGen; only JSON files are downloaded."""
+    folder, commit = find_folder(source, needs=_MAIN_FILES, files=["*.json"], **hub)
+    if (folder / CARD).is_file() or _model_type(folder) in MODEL_TYPES:
+        return True
+    # Models on the hub with only the files of audiocraft have no JSON files.
+    return (folder / AUDIOCRAFT_FILES[0]).is_file() or (commit is not None and not any(folder.rglob("*.json")))
 
 
 def read_own_parts(folder: Path) -> MusicGenParts:
@@ -65,5 +76,11 @@ def write_own_parts(folder: Path, parts: MusicGenParts, dtype: torch.dtype | Non
 
 def _is_transformers(folder: Path) -> bool:
     """Whether a folder has a MusicGen in the format of transformers, with its weights as safetensors."""
-    has_files = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-    return has_files and model_type_of(folder) in MODEL_TYPES
+    return any(folder.glob("*.safetensors")) and _model_type(folder) in MODEL_TYPES
+
+
+def _model_type(folder: Path) -> Any:
+    """Return `model_type` in the `config.json` of a folder; None if there is none."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else None
+    return config.get("model_type") if isinstance(config, dict) else None

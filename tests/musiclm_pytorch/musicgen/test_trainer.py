@@ -36,9 +36,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def new_model(tmp_path: Path, **options: Any) -> MusicGen:
-    """A small model with a melody, and a random EnCodec and T5."""
-    parts = MusicGen.from_pretrained(write_musicgen(tmp_path / "parts"))
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> MusicGen:
+    """A model with a random EnCodec and T5."""
+    return MusicGen.from_pretrained(write_musicgen(tmp_path_factory.mktemp("parts")))
+
+
+def new_model(parts: MusicGen, **options: Any) -> MusicGen:
+    """A small model with the EnCodec and T5 of `parts`; equal weights in every call."""
     torch.manual_seed(0)
     return MusicGen(
         codec=parts.codec, text_conditioner=parts.text_conditioner, dim=64, depth=2, heads=4, max_seconds=1, **options
@@ -59,16 +64,18 @@ def share_of_equal_tokens(model: MusicGen, folder: Path, first_frame: int = 0, *
 
 
 @pytest.mark.slow
-def test_clips_are_memorised_by_text_by_melody_and_by_prompt(folder: Path, tmp_path: Path) -> None:
+def test_clips_are_memorised_by_text_by_melody_and_by_prompt(folder: Path, parts: MusicGen, tmp_path: Path) -> None:
     """Each of them alone, and all together, in one batch; the saved model generates the same."""
-    model = new_model(tmp_path, melody=True)
+    model = new_model(parts, melody=True)
+    model.transformer.cond_drop_prob = 0.1
     trainer = MusicGenTrainer(
         model,
         folder=folder / "manifest.jsonl",
         batch_size=8,
-        num_train_steps=400,
+        num_train_steps=500,
         learning_rate=3e-3,
         warmup_steps=10,
+        ema_decay=None,
         results_folder=tmp_path / "run",
     )
     trainer.train()
@@ -85,7 +92,7 @@ def test_clips_are_memorised_by_text_by_melody_and_by_prompt(folder: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_low_rank_updates_memorise_clips_and_merge_exactly(folder: Path, tmp_path: Path) -> None:
+def test_low_rank_updates_memorise_clips_and_merge_exactly(folder: Path, parts: MusicGen, tmp_path: Path) -> None:
     """Complaint: LoRA missing or wrong loss. Only updates are trained; a resumed run and the merged model are equal."""
     options: dict[str, Any] = {
         "folder": folder / "manifest.jsonl",
@@ -96,13 +103,13 @@ def test_low_rank_updates_memorise_clips_and_merge_exactly(folder: Path, tmp_pat
         "ema_decay": None,
         "lora_rank": 8,
     }
-    model = new_model(tmp_path)
+    model = new_model(parts)
     before = {name: tensor.clone() for name, tensor in model.transformer.state_dict().items()}
     trainer = MusicGenTrainer(model, results_folder=tmp_path / "run", **options)
     trainable = sum(weight.numel() for weight in model.transformer.parameters() if weight.requires_grad)
     assert trainable < 0.5 * sum(weight.numel() for weight in model.transformer.parameters())
     trainer.train(stop_after_steps=200)
-    again = new_model(tmp_path)
+    again = new_model(parts)
     resumed = MusicGenTrainer(again, results_folder=tmp_path / "run", **options)
     resumed.train()
     assert share_of_equal_tokens(again, folder, texts=CAPTIONS) > 0.8
@@ -113,9 +120,9 @@ def test_low_rank_updates_memorise_clips_and_merge_exactly(folder: Path, tmp_pat
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in after.items())
 
 
-def test_short_run_saves_a_whole_model(folder: Path, tmp_path: Path) -> None:
+def test_short_run_saves_a_whole_model(folder: Path, parts: MusicGen, tmp_path: Path) -> None:
     """Complaint: own checkpoints are not loadable. The folder contains codec and text encoder."""
-    model = new_model(tmp_path, melody=True)
+    model = new_model(parts, melody=True)
     MusicGenTrainer(
         model, folder=folder / "manifest.jsonl", batch_size=2, num_train_steps=2, results_folder=tmp_path / "run"
     ).train()
