@@ -98,8 +98,8 @@ class MusicGenTrainer(StageTrainer):
         if self.lora_rank is not None:
             transformer = deepcopy(transformer)
             merge_low_rank(transformer)
-        parts = {"codec": self.musicgen.codec, "text_conditioner": self.musicgen.text_conditioner}
-        model = type(self.musicgen)(transformer=transformer, **parts)
+        own = self.musicgen
+        model = type(own)(transformer=transformer, codec=own.codec, text_conditioner=own.text_conditioner)
         model.save_pretrained(self.results_folder / transformer.namespace)
 
 
