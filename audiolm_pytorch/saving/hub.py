@@ -149,6 +149,8 @@ def load_tokenizer(source: str | Path, **hub: Any) -> Tokenizer:
     try:
         if own_file.is_file():
             own = tokenizer_of_json(own_file.read_text(encoding="utf-8"))
+            if not (folder / "tokenizer_config.json").is_file():
+                return own  # transformers would add the tokens that are usual for the model type
         with rust_errors(f"transformers cannot read the tokenizer in {folder}"):
             options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
             loaded = transformers.AutoTokenizer.from_pretrained(str(folder), **options)

@@ -213,6 +213,16 @@ def test_wrong_sources_raise_errors(encoder_folders, folder, tmp_path):
     refused("'gpt2'.*'t5'", tmp_path / "gpt2")
 
 
+def test_a_raw_tokenizer_json_is_enough(folder):
+    """A folder without other files of a tokenizer has the same states."""
+    before = TextConditioner(folder)(["slow piano", "a fast jig"])
+    kept = ("config.json", "tokenizer.json", "model.safetensors")
+    for file in [file for file in folder.iterdir() if file.name not in kept]:
+        file.unlink()
+    after = TextConditioner(folder)(["slow piano", "a fast jig"])
+    assert torch.equal(before.embeddings, after.embeddings) and torch.equal(before.mask, after.mask)
+
+
 def test_damaged_folders_raise_errors(folder):
     """The error names a file that is truncated, missing, changed or a pickle, in one line."""
     files = {name: (folder / name).read_bytes() for name in ("config.json", "tokenizer.json", "model.safetensors")}

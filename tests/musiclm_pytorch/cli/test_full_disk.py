@@ -27,6 +27,40 @@ def test_generate(
     assert listing(tmp_path) == {}
 
 
+def test_stream(
+    musiclm_command: Callable[..., int], micro_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A stream ends with an error where the disk is full; what was written before stays."""
+    words = ("generate", "a low tone", "--model", micro_run / "model", *SHORT, "--stream", "--out", tmp_path / "a.wav")
+    with full_disk(2000):
+        assert musiclm_command(*words) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("musiclm: ") and errors.count("\n") == 1 and "File too large" in errors
+
+
+@pytest.mark.parametrize("word", ["encode", "decode"])
+def test_codec(
+    musiclm_command: Callable[..., int],
+    micro_data: Path,
+    micro_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    word: str,
+) -> None:
+    """Codes and decoded waves that do not fit on the disk leave no file."""
+    codec, source = micro_run / "model" / "codec", micro_data / "00.wav"
+    if word == "decode":
+        assert musiclm_command("codec", "encode", source, "--codec", codec, "--out", tmp_path / "a.safetensors") == 0
+        source = tmp_path / "a.safetensors"
+    out = tmp_path / ("b.wav" if word == "decode" else "b.safetensors")
+    capsys.readouterr()
+    with full_disk(200):
+        assert musiclm_command("codec", word, source, "--codec", codec, "--out", out) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("musiclm: ") and errors.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ([source.name] if word == "decode" else [])
+
+
 def test_export_keeps_the_old_model(
     musiclm_command: Callable[..., int], micro_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
