@@ -1,12 +1,14 @@
 """Low-rank updates of frozen linear layers (LoRA, arXiv:2106.09685), which can be merged into the weights."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from audiolm_pytorch.checks.types import typed
 
-__all__ = ["add_low_rank", "merge_low_rank"]
+__all__ = ["add_low_rank", "merge_low_rank", "merged_weights"]
 
 
 class _LowRankUpdate(nn.Module):
@@ -40,3 +42,13 @@ def merge_low_rank(module: nn.Module) -> None:
         if parametrize.is_parametrized(layer, "weight"):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     module.requires_grad_(True)
+
+
+def merged_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a module by name as `merge_low_rank` would leave them, without a change of the module."""
+    weights = {name: tensor for name, tensor in module.state_dict().items() if ".parametrizations." not in name}
+    layer: Any
+    for name, layer in module.named_modules():
+        if parametrize.is_parametrized(layer, "weight"):
+            weights[f"{name}.weight"] = layer.weight.detach()
+    return weights

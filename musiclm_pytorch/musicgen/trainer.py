@@ -1,6 +1,5 @@
 """Training and fine-tuning of MusicGen on the training loop of the language models."""
 
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,12 @@ from audiolm_pytorch.data.manifest import AudioSplit, DataSource
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.lm.trainers import StageTrainer
 from audiolm_pytorch.lm.training_data import WaveBatch
-from audiolm_pytorch.nn.low_rank import add_low_rank, merge_low_rank
+from audiolm_pytorch.nn.low_rank import add_low_rank, merge_low_rank, merged_weights
+from audiolm_pytorch.saving.weights import load_weights
 from audiolm_pytorch.training import TrainResult
 from musiclm_pytorch.musicgen.chroma import ChromaConditioner
 from musiclm_pytorch.musicgen.musicgen import MusicGen
+from musiclm_pytorch.musicgen.transformer import MusicGenTransformer
 
 __all__ = ["MusicGenTrainer"]
 
@@ -73,7 +74,7 @@ class MusicGenTrainer(StageTrainer):
             conditioners=None if chroma is None else {"melody": _ChromaOfCrops(chroma)},
             **settings,
         )
-        self.musicgen, self.lora_rank = musicgen, lora_rank
+        self.musicgen, self.lora_rank, self.lora_scale = musicgen, lora_rank, lora_scale
         self.task.config["lora"] = None if lora_rank is None else [lora_rank, lora_scale]
         self._result: TrainResult | None = None
 
@@ -96,8 +97,8 @@ class MusicGenTrainer(StageTrainer):
         self._set_fingerprints()
         transformer = self.musicgen.transformer
         if self.lora_rank is not None:
-            transformer = deepcopy(transformer)
-            merge_low_rank(transformer)
+            transformer = MusicGenTransformer(**transformer.config)
+            load_weights(transformer, merged_weights(self.transformer))
         own = self.musicgen
         model = type(own)(transformer=transformer, codec=own.codec, text_conditioner=own.text_conditioner)
         model.save_pretrained(self.results_folder / transformer.namespace)
