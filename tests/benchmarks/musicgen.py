@@ -3,9 +3,9 @@
     python tests/benchmarks/musicgen.py                    # the shape of musicgen-small (dim 1024, 24 blocks, 16 heads)
     python tests/benchmarks/musicgen.py --dim 512 --depth 8 --heads 8 --frames 100
 
-Both sample with guidance from a text of `--text-tokens` tokens; text encoder and codec of transformers are tiny. Tokens
-per second are those of all levels and items, after a first call; the fastest of `--repeats` calls counts. Peak memory is
-that of the process after the calls of this library, and then after those of transformers.
+Both sample with guidance from a text of `--text-tokens` tokens; text encoder and codec of transformers are tiny. The
+tokens per second are those of all levels and items, after a first call; the fastest of `--repeats` calls counts. Peak
+memory is that of the process after the calls of this library, and then after those of transformers.
 """
 
 import argparse
