@@ -15,11 +15,13 @@ from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditioner, Conditions, ConditionTensor, TextEncoder
 from audiolm_pytorch.generation.inputs import (
     GenerationLengths,
+    change_frames,
     extra_input_tokens,
     plan_lengths,
     request_conditions,
 )
 from audiolm_pytorch.generation.request import (
+    ConditionChange,
     GeneratedAudio,
     GenerationRequest,
     ProgressBars,
@@ -145,6 +147,8 @@ class AudioLM(SharedModel):
         codes: Tensor | None = None,
         conditions: Mapping[str, Tensor | ConditionTensor] | None = None,
         conditioning: Mapping[str, Conditions] | None = None,
+        condition_changes: Sequence[ConditionChange] = (),
+        negative_conditioning: Mapping[str, Conditions] | None = None,
         input_streams: AudioTokens | None = None,
         prime_wave: Prompt | Sequence[Prompt] | None = None,
         prime_wave_input_sample_hz: int | None = None,
@@ -228,14 +232,22 @@ class AudioLM(SharedModel):
         ]
         settings = update_sampling(self.sampling, dict.fromkeys(unguided, {"guidance_scale": 1.0}))
         settings = update_sampling(settings, request.sampling or {})
+        negative = request.negative_conditioning or {}
+        if negative and all(settings[name].guidance_scale == 1 for name in negative.keys() & self.stages.keys()):
+            raise ValueError(
+                "negative conditions need guidance, but its scale is 1 in all stages; pass for example "
+                'sampling={"semantic": {"guidance_scale": 3.0}}'
+            )
+        changes = change_frames(request, self.wav2vec, self.codec)
         first_seed = torch.randint(2**62, (batch,)).tolist() if request.seeds is None else request.seeds
         seeds = [first_seed + i for i in range(batch)] if isinstance(first_seed, int) else list(first_seed)
 
         def decoder_of(stage: StageTransformer, source: SlidingWindowDecoder | None) -> SlidingWindowDecoder:
             name = stage.namespace
-            prompt, num_frames = lengths.semantic, lengths.num_semantic
+            prompt, num_frames, kind = lengths.semantic, lengths.num_semantic, 0
             if source is not None:
-                prompt, num_frames = _predicted_levels(stage, lengths.acoustic), lengths.num_frames
+                prompt, num_frames, kind = _predicted_levels(stage, lengths.acoustic), lengths.num_frames, 1
+            later = [change.conditioning.get(name, {}) for change in request.condition_changes]
             return SlidingWindowDecoder(
                 stage,
                 num_frames,
@@ -245,6 +257,8 @@ class AudioLM(SharedModel):
                 window_frames=stage.window_frames,
                 batch_size=batch,
                 conditioning=conditions[name],
+                changes=[(frames[kind], part) for frames, part in zip(changes, later)],
+                negative=negative.get(name),
                 settings=settings[name],
                 seeds=[stage_generator(seed, name) for seed in seeds],
                 callback=_callback_of(name, request, bars),

@@ -1,21 +1,21 @@
 """MusicLM: generates several pieces of music for a text and returns the one that matches the text best."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.files import peak_safe
-from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.checks.tracing import not_compiled
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import ConditionTensor
-from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest, Prompt
+from audiolm_pytorch.generation.request import ConditionChange, GeneratedAudio, GenerationRequest, Prompt
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.compatibility import check_compatible
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
@@ -23,58 +23,12 @@ from audiolm_pytorch.nn.module_state import eval_mode
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.sharing import SharedModel
 from audiolm_pytorch.saving.text import joined_lines
+from musiclm_pytorch.generation.candidates import Candidates, MusicChunk, ranked, score_candidates, seeds_of_candidates
+from musiclm_pytorch.generation.prompts import Mixture, MusicPrompt, embed_prompts, prompts_of, stories_of
 from musiclm_pytorch.pretrained.parts import CARD, read_parts, save_parts
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
 __all__ = ["Candidates", "MusicChunk", "MusicLM"]
-
-
-@dataclass(frozen=True, eq=False)
-class Candidates:
-    """Generated candidates for one or several text prompts, with scores.
-
-    Attributes:
-        waves: `[prompts, candidates, n]` (`[prompts, candidates, c, n]` for a codec of several channels) float32 in
-            -1..1, in the order of `seeds`.
-        scores: `[prompts, candidates]`, cosine similarity of the MuLaN embeddings of prompt and candidate.
-        seeds: The candidates' seeds, equal for all prompts; `MusicLM` with `seeds=[seed]` generates a candidate again.
-        order: `[prompts, candidates]` int64, indices of candidates, best first.
-        sample_hz: Sample rate of the waves in Hz.
-    """
-
-    waves: Tensor
-    scores: Tensor
-    seeds: tuple[tuple[int, ...], ...]
-    order: Tensor
-    sample_hz: int
-
-    @property
-    def best(self) -> Tensor:
-        """Best candidate of each prompt, `[prompts, n]` (`[prompts, c, n]` for several channels)."""
-        return self.waves[torch.arange(len(self.waves)), self.order[:, 0].to(self.waves.device)]
-
-
-@dataclass(frozen=True, eq=False)
-class MusicChunk:
-    """Part of the music that `MusicLM.stream` generates.
-
-    Attributes:
-        waves: The next samples of the music of each text, `[n_i]` (`[c, n_i]` for a codec of several channels) float32.
-        sample_hz: Sample rate of the waves in Hz.
-        seeds: Seed of the selected candidate of each text.
-        scores: `[prompts, candidates]`, cosine similarity of the MuLaN embeddings of the text and the ranked part of
-            each candidate; None for one candidate per text.
-    """
-
-    waves: list[Tensor]
-    sample_hz: int
-    seeds: tuple[int, ...]
-    scores: Tensor | None
-
-    @property
-    def wave(self) -> Tensor:
-        """All waves, `[prompts, n]` or `[prompts, c, n]`. Raises RuntimeError if the waves differ in length."""
-        return torch.stack(self.waves)
 
 
 class MusicLM(SharedModel):
@@ -166,8 +120,9 @@ class MusicLM(SharedModel):
     @torch.no_grad()
     def forward(
         self,
-        text: str | Sequence[str],
+        text: MusicPrompt | Sequence[MusicPrompt],
         *,
+        negative_text: str | Mixture | Sequence[str | Mixture] | None = None,
         num_samples: int = 4,
         seconds: float = 5.0,
         seed: int | None = None,
@@ -191,7 +146,9 @@ class MusicLM(SharedModel):
         documents the arguments that are not listed below; their tensors have 1 item for all texts, or 1 item per text.
 
         Args:
-            text: One text, or a list of texts.
+            text: A text, a `Mixture`, or a story, a list of pairs of a start in seconds and a text or `Mixture`; or a
+                list of these. A story of MusicLM (sec. 4.4) is one piece of music: `[(0, "a flute"), (15, "a cello")]`.
+            negative_text: Text from which guidance leads away, one or one per text; needs a guidance scale above 1.
             num_samples: Number of candidates per text.
             seconds: Length of the music, including an audio prompt that is continued.
             seed: First seed; the candidates use `seed`, `seed + 1`, ...; None = drawn from torch's global generator.
@@ -209,14 +166,15 @@ class MusicLM(SharedModel):
         Raises:
             ValueError: If a text is empty, a number is out of range, or an input has a wrong number of items.
         """
-        prompts = [text] if isinstance(text, str) else list(text)
-        candidate_seeds = _candidate_seeds(num_samples, seed, seeds)
+        prompts = prompts_of(text)
+        candidate_seeds = seeds_of_candidates(num_samples, seed, seeds)
         _check_positive(seconds=seconds, max_batch=max_batch)
         with eval_mode(self):
             request = self._request(
                 prompts,
                 seconds,
                 num_levels,
+                negative_text,
                 prime_wave=prime_wave,
                 prime_wave_input_sample_hz=prime_wave_input_sample_hz,
                 prime_lengths=prime_lengths,
@@ -232,17 +190,16 @@ class MusicLM(SharedModel):
             if num_samples == 1 and not return_all:
                 return waves[:, 0]
             scores = self.scores(prompts, waves, max_batch=max_batch)
-        candidates = Candidates(
-            waves, scores, (tuple(candidate_seeds),) * len(prompts), _ranked(scores), self.sample_hz
-        )
+        candidates = Candidates(waves, scores, (tuple(candidate_seeds),) * len(prompts), ranked(scores), self.sample_hz)
         return candidates if return_all else candidates.best
 
     @typed
     @torch.no_grad()
     def stream(
         self,
-        text: str | Sequence[str],
+        text: MusicPrompt | Sequence[MusicPrompt],
         *,
+        negative_text: str | Mixture | Sequence[str | Mixture] | None = None,
         num_samples: int = 4,
         seconds: float = 30.0,
         seed: int | None = None,
@@ -267,7 +224,6 @@ class MusicLM(SharedModel):
         does not grow with `seconds`. `forward` documents the arguments that are not listed below.
 
         Args:
-            text: One text, or a list of texts.
             num_samples: Number of candidates per text; a single candidate starts sooner, because it is not ranked.
             chunk_seconds: Minimum duration of a chunk, see `AudioLM.stream`.
             rank_seconds: Duration of the part of a candidate that is ranked, counted from the end of the audio prompt;
@@ -276,14 +232,15 @@ class MusicLM(SharedModel):
         Raises:
             ValueError: If the codec has no `decoder_stream`, or for the reasons listed in `forward`.
         """
-        prompts = [text] if isinstance(text, str) else list(text)
-        candidate_seeds = _candidate_seeds(num_samples, seed, seeds)
+        prompts = prompts_of(text)
+        candidate_seeds = seeds_of_candidates(num_samples, seed, seeds)
         _check_positive(seconds=seconds, chunk_seconds=chunk_seconds, rank_seconds=rank_seconds)
         with eval_mode(self):
             request = self._request(
                 prompts,
                 seconds,
                 num_levels,
+                negative_text,
                 prime_wave=prime_wave,
                 prime_wave_input_sample_hz=prime_wave_input_sample_hz,
                 prime_lengths=prime_lengths,
@@ -305,25 +262,20 @@ class MusicLM(SharedModel):
         return self._ranked_chunks(prompts, request, candidate_seeds, first_parts, chunk_seconds, has_more)
 
     @torch.no_grad()
-    def scores(self, prompts: Sequence[str], waves: Tensor, *, max_batch: int = 16) -> Tensor:
+    def scores(self, prompts: Sequence[MusicPrompt], waves: Tensor, *, max_batch: int = 16) -> Tensor:
         """Cosine similarity `[prompts, candidates]` of the MuLaN embeddings of each prompt and its candidates.
 
-        The score of a wave that is not finite is NaN.
+        The score of a wave that is not finite is NaN. For a story, every part of a wave is compared with its own text,
+        and the similarities are averaged over time.
 
         Args:
-            prompts: Texts.
+            prompts: Texts, mixtures or stories.
             waves: `[prompts, candidates, n]` or `[prompts, candidates, c, n]` at `sample_hz`.
             max_batch: Number of candidates that are embedded in one batch.
         """
-        mulan = self.mulan_embed_quantizer.mulan
-        text_latents = mulan.get_text_latents(prompts)
-        rows = rearrange(waves if waves.ndim == 3 else waves.mean(dim=2), "p k n -> (p k) n")
-        finite = torch.isfinite(rows).all(dim=1)
-        rows = resample(rows.nan_to_num(0.0, 0.0, 0.0), self.sample_hz, mulan.sample_hz).to(text_latents.device)
-        latents = torch.cat([mulan.get_long_audio_latents(part) for part in rows.split(max_batch)])
-        text_rows = repeat(text_latents, "p d -> (p k) d", k=waves.shape[1])
-        scores = (latents * text_rows).sum(dim=1).masked_fill(~finite.to(latents.device), torch.nan)
-        return rearrange(scores, "(p k) -> p k", p=len(prompts))
+        quantizer = self.mulan_embed_quantizer
+        stories = embed_prompts(stories_of(prompts), quantizer, self.sample_hz)
+        return score_candidates(stories, waves, self.sample_hz, quantizer.mulan, max_batch)
 
     def _checked_levels(self, num_levels: int | None) -> int:
         """Check `num_levels` and return it; None becomes the number of all levels."""
@@ -333,19 +285,37 @@ class MusicLM(SharedModel):
             raise ValueError(f"num_levels must be in 1..{max_levels}, got {levels}")
         return levels
 
-    def _request(self, prompts: list[str], seconds: float, num_levels: int | None, **inputs: Any) -> GenerationRequest:
+    def _request(
+        self,
+        prompts: list[MusicPrompt],
+        seconds: float,
+        num_levels: int | None,
+        negative_text: str | Mixture | Sequence[str | Mixture] | None,
+        **inputs: Any,
+    ) -> GenerationRequest:
         """Build a request of one item per prompt, conditioned on the codes of the prompts."""
         levels = self.num_levels if num_levels is None else self._checked_levels(num_levels)
-        codes = self.mulan_embed_quantizer.codes(texts=prompts)
-        keep = torch.full((len(codes),), levels)
-        conditioning = {
-            stage: {
-                "codes": self.mulan_embed_quantizer.conditioning(codes=codes, namespace=stage).without_trailing(keep)
-            }
-            for stage in self.conditioned
-        }
+        stories = embed_prompts(stories_of(prompts), self.mulan_embed_quantizer, self.sample_hz)
+        last_change = max(story[-1].seconds for story in stories)
+        if last_change >= seconds:
+            raise ValueError(f"a story changes after {last_change:g} s, but the music ends after {seconds:g} s")
+        changes = []
+        for number in range(1, max(map(len, stories))):
+            times = [story[number].seconds if number < len(story) else inf for story in stories]
+            later = [story[min(number, len(story) - 1)].codes for story in stories]
+            changes.append(ConditionChange(torch.tensor(times, dtype=torch.float64), self._conditioning(later, levels)))
+        negative = None
+        if negative_text is not None:
+            entries = embed_prompts(stories_of(prompts_of(negative_text)), self.mulan_embed_quantizer, self.sample_hz)
+            negative = self._conditioning([entry.codes for entry, *_ in entries], levels)
         request = GenerationRequest(
-            batch_size=len(prompts), seconds=seconds, conditioning=conditioning, allow_eos=False, **inputs
+            batch_size=len(prompts),
+            seconds=seconds,
+            conditioning=self._conditioning([story[0].codes for story in stories], levels),
+            condition_changes=changes,
+            negative_conditioning=negative,
+            allow_eos=False,
+            **inputs,
         )
         if request.num_items != len(prompts):
             raise ValueError(
@@ -353,9 +323,18 @@ class MusicLM(SharedModel):
             )
         return request
 
+    def _conditioning(self, codes: Sequence[Tensor], levels: int) -> dict[str, dict[str, ConditionTensor]]:
+        """Embed the first `levels` codes of every item for each stage."""
+        batch, quantizer = torch.stack(list(codes)), self.mulan_embed_quantizer
+        keep = torch.full((len(batch),), levels)
+        return {
+            stage: {"codes": quantizer.conditioning(codes=batch, namespace=stage).without_trailing(keep)}
+            for stage in self.conditioned
+        }
+
     def _ranked_chunks(
         self,
-        prompts: list[str],
+        prompts: list[MusicPrompt],
         request: GenerationRequest,
         seeds: list[int],
         first_parts: list[Iterator[GeneratedAudio]],
@@ -371,7 +350,7 @@ class MusicLM(SharedModel):
             parts = [next(first_parts.pop(0)).wave.float() for _ in prompts]
             peak_safe_parts = [torch.stack([peak_safe(wave) for wave in part]) for part in parts]
             scores = torch.cat([self.scores([text], part[None]) for text, part in zip(prompts, peak_safe_parts)])
-            best = _ranked(scores)[:, 0].tolist()
+            best = ranked(scores)[:, 0].tolist()
             waves = [part[candidate] for part, candidate in zip(parts, best)]
             selected = [seeds[candidate] for candidate in best]
             stream: Iterator[GeneratedAudio] = iter(())
@@ -412,28 +391,9 @@ class MusicLM(SharedModel):
         return torch.stack(waves)
 
 
-def _candidate_seeds(num_samples: int, seed: int | None, seeds: Sequence[int] | None) -> list[int]:
-    """Return one seed per candidate of a prompt."""
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    if seeds is not None:
-        if seed is not None or len(seeds) != num_samples:
-            raise ValueError(
-                f"pass either seed or {num_samples} seeds, one per candidate; got seed {seed} and {len(seeds)} seeds"
-            )
-        return list(seeds)
-    first = int(torch.randint(2**31, ())) if seed is None else seed
-    return [first + index for index in range(num_samples)]
-
-
 def _check_positive(**numbers: float) -> None:
     """Check that the arguments are positive."""
     if not all(number > 0 for number in numbers.values()):
         raise ValueError(
             f"{' and '.join(numbers)} must be positive, got {' and '.join(str(number) for number in numbers.values())}"
         )
-
-
-def _ranked(scores: Tensor) -> Tensor:
-    """Indices of the candidates `[prompts, candidates]`, best first. A candidate whose score is NaN is last."""
-    return scores.nan_to_num(nan=-2.0).argsort(dim=1, descending=True, stable=True)

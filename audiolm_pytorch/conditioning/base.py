@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from audiolm_pytorch.checks.types import typed
@@ -65,6 +66,17 @@ class ConditionTensor:
         items = items.to(self.mask.device)
         rows = None if self.rows is None else self.rows[items]
         return ConditionTensor(self.embeddings[items.to(self.embeddings.device)], self.mask[items], rows)
+
+    @classmethod
+    def concatenate(cls, conditions: "Sequence[ConditionTensor]") -> "ConditionTensor":
+        """Concatenate the items of several conditions; conditions with fewer embeddings are padded."""
+        if len(conditions) == 1:
+            return conditions[0]
+        longest = max(condition.mask.shape[1] for condition in conditions)
+        missing = [longest - condition.mask.shape[1] for condition in conditions]
+        embeddings = [F.pad(part.embeddings, (0, 0, 0, count)) for part, count in zip(conditions, missing)]
+        masks = [F.pad(part.mask, (0, count)) for part, count in zip(conditions, missing)]
+        return cls(torch.cat(embeddings), torch.cat(masks))
 
     def expand(self, batch: int) -> "ConditionTensor":
         """Repeat a condition of one item `batch` times; a condition of `batch` items is returned unchanged."""

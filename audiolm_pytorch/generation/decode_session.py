@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.conditioning.base import Conditions, guide
+from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor, guide
 from audiolm_pytorch.generation.sampling import SamplingSettings, item_generators, sample_tokens
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.nn.cached_transformer import CachedTransformer
@@ -61,6 +61,7 @@ class DecodeSession:
         lengths: Number of frames without padding by stream name, `[b]` or one int; a stream without an entry has no
             padding.
         conditioning: Conditions by name, of 1 or b items; None = unconditional.
+        negative: Conditions by name from which guidance leads away, instead of no conditions.
         settings: Sampling settings; None = temperature 1.
         seeds: Seed or generator of every item; None draws seeds from torch's global generator.
         callback: Called after every row as `callback(finished_rows, max_rows)`.
@@ -85,6 +86,7 @@ class DecodeSession:
         batch_size: int = 1,
         lengths: Mapping[str, int | Tensor] | None = None,
         conditioning: Conditions | None = None,
+        negative: Conditions | None = None,
         settings: SamplingSettings | None = None,
         seeds: Sequence[int | torch.Generator] | None = None,
         callback: Callable[[int, int], None] | None = None,
@@ -104,7 +106,8 @@ class DecodeSession:
                 "the other streams; use the delayed or the parallel pattern"
             )
         grid = layout.grid(streams, num_frames, batch, lengths)
-        self.model, self.conditioning, self.callback, self.allow_eos = model, conditioning, callback, allow_eos
+        self.model, self.conditioning, self.negative = model, conditioning, negative or {}
+        self.callback, self.allow_eos = callback, allow_eos
         self.batch, self.copies = batch, 1 if scale == 1 else 2
         packed = grid.packed.to(model.device)
         # Empty cells contain the id of the zero embedding.
@@ -205,14 +208,16 @@ class DecodeSession:
         self.is_prefilled = self.has_read = True
 
     def _doubled_conditions(self) -> Conditions | None:
-        """Conditions of the batch; guidance appends an unconditional copy of every item."""
+        """Conditions of the batch; guidance appends a copy of every item with negative or without conditions."""
         if self.conditioning is None or self.copies == 1:
             return self.conditioning
-        items, is_copy = torch.arange(self.batch).repeat(2), torch.arange(2 * self.batch) >= self.batch
-        return {
-            name: condition.expand(self.batch).select(items).without_items(is_copy)
-            for name, condition in self.conditioning.items()
-        }
+        doubled = {}
+        for name, condition in self.conditioning.items():
+            condition = condition.expand(self.batch)
+            nothing = condition.without_items(torch.ones(self.batch, dtype=torch.bool))
+            copy = self.negative.get(name, nothing).expand(self.batch)
+            doubled[name] = ConditionTensor.concatenate([condition, copy])
+        return doubled
 
     def _read_row(self) -> None:
         """Run the model on the current row of each item and go to the next row. Complete items stay at the last row."""

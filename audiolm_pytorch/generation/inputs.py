@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import isinf
 from typing import Any
 
 import torch
@@ -17,9 +18,17 @@ from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.tokens.token_batch import TokenBatch, batches_of_streams
 
-__all__ = ["GenerationLengths", "extra_input_tokens", "plan_lengths", "request_conditions", "stage_conditions"]
+__all__ = [
+    "GenerationLengths",
+    "change_frames",
+    "extra_input_tokens",
+    "plan_lengths",
+    "request_conditions",
+    "stage_conditions",
+]
 
 DEFAULT_SECONDS = 5.0
+_NEVER = 2**62  # a frame after the end of every item
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +95,24 @@ def plan_lengths(
             f"{num_samples[item] / codec.target_sample_hz:.2f} s (prompt included); request more, or shorten the prompt"
         )
     return GenerationLengths(num_samples, num_semantic, num_frames, semantic, acoustic)
+
+
+def change_frames(request: GenerationRequest, wav2vec: SemanticTokenizer, codec: Codec) -> list[tuple[Tensor, Tensor]]:
+    """Return the first semantic token and the first acoustic frame, both `[b]`, of every change of conditions.
+
+    The numbers are the lengths of music that ends at the change.
+    """
+
+    def position(seconds: float) -> tuple[int, int]:
+        if not seconds > 0:
+            raise ValueError(f"conditions must change after more than 0 seconds, got {seconds}")
+        if isinf(seconds):
+            return _NEVER, _NEVER
+        num_samples = samples_covering(seconds, codec.downsample_factor, codec.target_sample_hz)
+        return _num_semantic(num_samples, wav2vec, codec.target_sample_hz), codec.num_frames(num_samples)
+
+    positions = [torch.tensor([*map(position, change.seconds.tolist())]) for change in request.condition_changes]
+    return [(frames[:, 0], frames[:, 1]) for frames in positions]
 
 
 def extra_input_tokens(

@@ -19,9 +19,32 @@ from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.tokens.token_batch import TokenBatch
 from audiolm_pytorch.training.tracking import progress_bar
 
-__all__ = ["GeneratedAudio", "GenerationRequest", "ProgressBars", "Prompt", "WaveStreams", "decode_items"]
+__all__ = [
+    "ConditionChange",
+    "GeneratedAudio",
+    "GenerationRequest",
+    "ProgressBars",
+    "Prompt",
+    "WaveStreams",
+    "decode_items",
+]
 
 Prompt = Tensor | str | Path
+
+
+@typed
+@dataclass(frozen=True, eq=False)
+class ConditionChange:
+    """Conditions that replace those of a request from some time on.
+
+    Attributes:
+        seconds: Time of the change of every item, `[b]` float64, counted from the start of the result; infinity = the
+            item does not change.
+        conditioning: Conditions of the items by stage name, then by name of the condition.
+    """
+
+    seconds: Tensor
+    conditioning: Mapping[str, Conditions]
 
 
 @typed
@@ -41,6 +64,8 @@ class GenerationRequest:
             stage uses those of the `conditions` that its transformer accepts.
         conditioning: Precomputed conditions by stage name, then by name of the condition; codes must be embedded with
             the table of the stage. A stage without an entry in `conditioning` uses `text`, `wavs` and `codes`.
+        condition_changes: Later conditions, in the order of time.
+        negative_conditioning: Conditions from which guidance leads away, by stage name and name of the condition.
         input_streams: Tokens `[b, f, levels]` and lengths of the extra input streams of the stages, by stream name.
         prime_wave: Prompts to continue: a tensor of waves `[n]`, `[b, n]` or `[b, c, n]`, the path of an audio file, or
             a list of paths and waves `[n]` or `[c, n]`. Only complete frames of a prompt are used.
@@ -70,6 +95,8 @@ class GenerationRequest:
     codes: Tensor | None = None
     conditions: Mapping[str, Tensor | ConditionTensor] | None = None
     conditioning: Mapping[str, Conditions] | None = None
+    condition_changes: Sequence[ConditionChange] = ()
+    negative_conditioning: Mapping[str, Conditions] | None = None
     input_streams: AudioTokens | None = None
     prime_wave: Prompt | Sequence[Prompt] | None = None
     prime_wave_input_sample_hz: int | None = None
@@ -104,11 +131,15 @@ class GenerationRequest:
 
         An input with a single item is not changed, because it applies to all items.
         """
-        names = ["text", "wavs", "codes", "conditions", "conditioning", "input_streams", "prime_wave", "prime_lengths"]
-        names += ["semantic_tokens", "semantic_lengths", "seeds"]
+        names = ["text", "wavs", "codes", "conditions", "conditioning", "negative_conditioning", "input_streams"]
+        names += ["prime_wave", "prime_lengths", "semantic_tokens", "semantic_lengths", "seeds"]
         selected = {name: _select(getattr(self, name), items) for name in names}
         if _is_one_wave(self.prime_wave):
             selected["prime_wave"] = self.prime_wave
+        selected["condition_changes"] = tuple(
+            ConditionChange(_select(change.seconds, items), _select(change.conditioning, items))
+            for change in self.condition_changes
+        )
         return replace(self, batch_size=len(items), **selected)
 
     @property
@@ -121,11 +152,9 @@ class GenerationRequest:
             "wavs": self.wavs,
             "codes": self.codes,
             **{f"conditions {name}": condition for name, condition in (self.conditions or {}).items()},
-            **{
-                f"conditioning of {stage} ({name})": condition
-                for stage, conditions in (self.conditioning or {}).items()
-                for name, condition in conditions.items()
-            },
+            **_named("conditioning", self.conditioning),
+            **_named("negative_conditioning", self.negative_conditioning),
+            **{f"change {number}": change.seconds for number, change in enumerate(self.condition_changes)},
             **{f"input_streams {name}": tokens for name, tokens in extra.items()},
             "prime_wave": None if isinstance(prompts, (str, Path)) or _is_one_wave(prompts) else prompts,
             "semantic_tokens": self.semantic_tokens,
@@ -140,6 +169,15 @@ class GenerationRequest:
             sizes = {"batch_size": self.batch_size, **sizes}
             raise ValueError(f"inputs have different numbers of items, {sizes}; pass 1 or the same number for each")
         return several.pop() if several else 1
+
+
+def _named(name: str, conditioning: Mapping[str, Conditions] | None) -> dict[str, ConditionTensor]:
+    """Return all conditions by a description for error messages."""
+    return {
+        f"{name} of {stage} ({condition})": tensor
+        for stage, conditions in (conditioning or {}).items()
+        for condition, tensor in conditions.items()
+    }
 
 
 def _is_one_wave(prompts: object) -> bool:

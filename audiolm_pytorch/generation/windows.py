@@ -69,6 +69,10 @@ class SlidingWindowDecoder:
         conditioning: Conditions by name, of 1 or b items, or a function that computes them for a window, a range of
             frames. If a condition has one embedding per frame, embedding i belongs to frame i of the whole sequence; if
             not, all windows receive the same condition.
+        changes: Conditions that replace `conditioning` later, each with the frame `[b]` of every item at which it
+            starts, in the order of time. A window with a change is decoded in two parts, and the second part continues
+            the first part. Tokens before a change do not depend on it.
+        negative: Conditions by name from which guidance leads away, of 1 or b items.
         settings: Sampling settings. `DecodeSession` documents `seeds` and `allow_eos`.
         callback: Called after every row as `callback(known_frames, requested_frames)` of the longest item.
 
@@ -94,6 +98,8 @@ class SlidingWindowDecoder:
         stride_frames: int | None = None,
         batch_size: int = 1,
         conditioning: Conditions | Callable[[range], Conditions] | None = None,
+        changes: Sequence[tuple[Tensor, Conditions]] = (),
+        negative: Conditions | None = None,
         settings: SamplingSettings | None = None,
         seeds: Sequence[int | torch.Generator] | None = None,
         callback: Callable[[int, int], None] | None = None,
@@ -130,11 +136,23 @@ class SlidingWindowDecoder:
         self._session_items, self._session_stops = torch.empty(2, 0, dtype=torch.long)
         self._options: dict[str, Any] = {"settings": settings, "allow_eos": allow_eos}
         self._condition_window = conditioning if callable(conditioning) else None
-        self._conditioning: Conditions = {}
-        if not callable(conditioning):
-            model.fuser.check(conditioning or {})
-            self._conditioning = {name: part.expand(batch_size) for name, part in (conditioning or {}).items()}
+        self._set_conditions({} if callable(conditioning) else conditioning or {}, changes, negative or {}, batch_size)
         self._generators = item_generators(seeds, batch_size)
+
+    def _set_conditions(
+        self, first: Conditions, changes: Sequence[tuple[Tensor, Conditions]], negative: Conditions, batch_size: int
+    ) -> None:
+        """Store the conditions of all items before the changes, then of all items after the first change, and so on."""
+        versions = [first, *(conditions for _, conditions in changes)]
+        for conditions in (*versions, negative):
+            self._model.fuser.check(conditions)
+        frames = [first_frames.expand(batch_size) for first_frames, _ in changes]
+        self._change_frames = torch.stack(frames) if frames else torch.zeros(0, batch_size, dtype=torch.long)
+        self._conditioning = {
+            name: ConditionTensor.concatenate([later.get(name, part).expand(batch_size) for later in versions])
+            for name, part in first.items()
+        }
+        self._negative = {name: part.expand(batch_size) for name, part in negative.items()}
 
     def _check_inputs(self, inputs: Mapping[str, TokenBatch], batch_size: int) -> None:
         """Check the names and the numbers of items of all input streams."""
@@ -198,6 +216,8 @@ class SlidingWindowDecoder:
         num_frames, known = self.num_frames, self.known_frames
         while True:
             stops = num_frames.clamp(max=self._windows[self._window_index].stop)
+            for frames in self._change_frames:
+                stops = torch.where(frames > known, stops.minimum(frames), stops)
             items = (known < stops).nonzero().flatten()
             if len(items):
                 return items, stops[items]
@@ -248,6 +268,7 @@ class SlidingWindowDecoder:
             batch_size=len(items),
             lengths={name: part.lengths for name, part in parts.items()},
             conditioning=self._conditions_of(items, window),
+            negative={name: part.select(items) for name, part in self._negative.items()},
             seeds=[self._generators[item] for item in items.tolist()],
             callback=None if self._callback is None else self._report,
             transformer=self._transformer,
@@ -259,7 +280,9 @@ class SlidingWindowDecoder:
         if self._condition_window is not None:
             conditions, batch = self._condition_window(window), len(self._requested)
             return {name: part.expand(batch).select(items) for name, part in conditions.items()}
-        selected = {name: part.select(items) for name, part in self._conditioning.items()}
+        num_changes = (self._change_frames[:, items] <= self.known_frames[items]).sum(dim=0)
+        rows = items + num_changes * len(self._requested)
+        selected = {name: part.select(rows) for name, part in self._conditioning.items()}
         for name, part in selected.items():
             if self._model.fuser.specs[name].way == "sum" and part.mask.shape[1] > 1:
                 # At least two embeddings: a single one would be added to all rows.
@@ -281,7 +304,8 @@ class SlidingWindowDecoder:
         self._num_frames = self._num_frames.index_put((items[has_ended],), ends[has_ended])
         if session.is_done:
             self._session, self._transformer = None, session.transformer
-            self._window_index += 1
+            if bool((self.known_frames >= self.num_frames.clamp(max=window.stop)).all()):
+                self._window_index += 1
 
     def _report(self, row: int, num_rows: int) -> None:
         """Report the decoded frames of the whole sequence to the callback."""

@@ -189,13 +189,18 @@ class MuLaNEmbedQuantizer(Conditioner):
             self._has_warned = True
             logger.warning("the quantizer is not fitted and has random codebooks; call fit() before training")
         device = self.codebooks.device
-        with torch.autocast(device_type=device.type, enabled=False):
-            residual = self.centred(latents.to(device), modality).reshape(-1, latents.shape[-1])
+        return self.codes_from_centred(self.centred(latents.to(device), modality)).to(latents.device)
+
+    @torch.no_grad()
+    def codes_from_centred(self, centred: Tensor) -> Tensor:
+        """Quantize vectors `[..., d]` that `centred` returned, or mixtures of them, to codes `[..., q]` int64."""
+        with torch.autocast(device_type=centred.device.type, enabled=False):
+            residual = centred.reshape(-1, centred.shape[-1])
             codes = []
             for codebook in self.codebooks.float():
                 codes.append(nearest_centroid(residual, codebook))
                 residual = residual - codebook[codes[-1]]
-        return torch.stack(codes, dim=-1).view(*latents.shape[:-1], self.num_quantizers).to(latents.device)
+        return torch.stack(codes, dim=-1).view(*centred.shape[:-1], self.num_quantizers)
 
     @typed
     @torch.no_grad()
@@ -266,7 +271,8 @@ class MuLaNEmbedQuantizer(Conditioner):
         """Subtract the mean of the modality from latents `[..., d]`, map text latents to audio, and return float32."""
         if modality == "audio":
             return latents.float() - self.audio_mean.float()
-        return (latents.float() - self.text_mean.float()) @ self.text_map.float()
+        with torch.autocast(device_type=latents.device.type, enabled=False):
+            return (latents.float() - self.text_mean.float()) @ self.text_map.float()
 
     def _check_latents(self, latents: Tensor) -> None:
         width = self.mulan.dim_latent

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from audiolm_pytorch.audio.files import peak_safe
-from musiclm_pytorch.musiclm import MusicChunk, MusicLM
+from musiclm_pytorch.generation.candidates import MusicChunk
+from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 from tests.helpers.alive_tensors import AliveTensors
 from tests.helpers.fakes import SAMPLE_HZ

@@ -1,0 +1,1 @@
+"""Prompts of MusicLM, and candidates with their scores."""

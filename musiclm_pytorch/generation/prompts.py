@@ -1,0 +1,134 @@
+"""Prompts of MusicLM: texts, weighted mixtures of texts and recordings, and stories, which change over time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from audiolm_pytorch.audio.files import read_audio
+from audiolm_pytorch.audio.resample import resample
+from audiolm_pytorch.audio.waves import mono_waves
+from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.nn.module_state import device_of
+from musiclm_pytorch.quantizer.embed_quantizer import Modality, MuLaNEmbedQuantizer
+
+__all__ = ["EmbeddedPrompt", "Mixture", "MusicPrompt", "embed_prompts", "prompts_of", "stories_of"]
+
+
+@typed
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Weighted mixture of texts and recordings, which is computed in the joint embedding of MuLaN.
+
+    Attributes:
+        parts: Pairs of a part and its weight. A part is a text, the path of an audio file (a `Path`), or a wave `[n]`
+            at the sample rate of the MusicLM. Weights are not negative; only their ratios matter.
+    """
+
+    parts: Sequence[tuple[str | Path | Tensor, float]]
+
+    def __post_init__(self) -> None:
+        weights = [weight for _, weight in self.parts]
+        if not all(isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights) > 0:
+            raise ValueError(f"a mixture needs finite weights that are not negative and not all 0, got {weights}")
+
+    def __repr__(self) -> str:
+        """Return all parts with their weights, for titles and messages."""
+        names = ["recording" if isinstance(part, Tensor) else str(part) for part, _ in self.parts]
+        return " + ".join(f"{weight:g} x {name}" for name, (_, weight) in zip(names, self.parts))
+
+
+# A story has pairs of a time in seconds and a prompt that is used from this time on. The first time is 0.
+Story = Sequence[tuple[float, str | Mixture]]
+MusicPrompt = str | Mixture | Story
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddedPrompt:
+    """A text or mixture as codes `[q]`, which condition the stages, and as a latent `[d]` of MuLaN, which ranks music.
+
+    `seconds` is the time from which the prompt is used.
+    """
+
+    seconds: float
+    codes: Tensor
+    latent: Tensor
+
+
+def prompts_of(text: MusicPrompt | Sequence[MusicPrompt]) -> list[MusicPrompt]:
+    """Return the list of all prompts in an argument that is one prompt or several prompts."""
+    if isinstance(text, (str, Mixture)) or _is_story(text):
+        return [text]  # type: ignore[list-item]
+    if not text:
+        raise ValueError("got an empty list of texts; pass at least one text")
+    return list(text)  # type: ignore[arg-type]
+
+
+def stories_of(prompts: Sequence[MusicPrompt]) -> list[list[tuple[float, Mixture]]]:
+    """Return every prompt as a list of times in seconds and mixtures; a text is a story with one time, 0."""
+    return [_story_of(prompt) for prompt in prompts]
+
+
+def embed_prompts(
+    stories: Sequence[Sequence[tuple[float, Mixture]]], quantizer: MuLaNEmbedQuantizer, sample_hz: int
+) -> list[list[EmbeddedPrompt]]:
+    """Embed the prompts that `stories_of` returned. `sample_hz` is the sample rate of the waves in mixtures.
+
+    The vectors of a mixture are those that the quantizer receives: centred, with texts mapped to audio. The result has
+    the weighted mean of their lengths, so that mixtures of different texts are not closer to the mean of all music.
+    """
+    mixtures = [mixture for story in stories for _, mixture in story]
+    parts = [[(part, weight) for part, weight in mixture.parts if weight > 0] for mixture in mixtures]
+    texts = [part for mixture in parts for part, _ in mixture if isinstance(part, str)]
+    text_latents = iter(quantizer.mulan.get_text_latents(texts) if texts else ())
+    vectors, latents = [], []
+    for mixture in parts:
+        weights = torch.tensor([weight for _, weight in mixture], device=device_of(quantizer))
+        weights = weights / weights.sum()
+        embedded: list[tuple[Tensor, Modality]] = [
+            (next(text_latents), "text")
+            if isinstance(part, str)
+            else (_audio_latent(part, quantizer, sample_hz), "audio")
+            for part, _ in mixture
+        ]
+        centred = torch.stack([quantizer.centred(latent, modality) for latent, modality in embedded])
+        mean, lengths = weights @ centred, centred.norm(dim=-1)
+        vectors.append(mean * ((weights @ lengths) / mean.norm().clamp(min=1e-12)))
+        latents.append(F.normalize(weights @ torch.stack([latent.float() for latent, _ in embedded]), dim=-1))
+    codes = iter(quantizer.codes_from_centred(torch.stack(vectors)))
+    embeddings = iter(latents)
+    return [[EmbeddedPrompt(seconds, next(codes), next(embeddings)) for seconds, _ in story] for story in stories]
+
+
+def _is_story(value: Any) -> bool:
+    """Whether a value is a sequence of pairs that begin with a number."""
+    return (
+        not isinstance(value, (str, Mixture))
+        and len(value) > 0
+        and all(isinstance(item, (tuple, list)) and len(item) == 2 and not isinstance(item[0], str) for item in value)
+        and all(isinstance(item[0], (int, float)) for item in value)
+    )
+
+
+def _story_of(prompt: MusicPrompt) -> list[tuple[float, Mixture]]:
+    if isinstance(prompt, (str, Mixture)):
+        prompt = [(0.0, prompt)]
+    elif not _is_story(prompt):
+        raise ValueError(f"a prompt is a text, a Mixture or a story [(seconds, text), ...], got {prompt!r:.200}")
+    times = [float(seconds) for seconds, _ in prompt]
+    if times[0] != 0 or not all(isfinite(time) for time in times) or sorted(set(times)) != times:
+        raise ValueError(f"the times of a story must start with 0 and increase, got {times}")
+    mixtures = [text if isinstance(text, Mixture) else Mixture([(text, 1.0)]) for _, text in prompt]
+    return list(zip(times, mixtures))
+
+
+def _audio_latent(part: Path | Tensor, quantizer: MuLaNEmbedQuantizer, sample_hz: int) -> Tensor:
+    """Embed a recording as a latent `[d]`."""
+    wave, wave_hz = (part, sample_hz) if isinstance(part, Tensor) else read_audio(part)
+    wave = resample(mono_waves(wave, name="the recording"), wave_hz, quantizer.sample_hz)
+    return quantizer.mulan.get_long_audio_latents(wave.to(device_of(quantizer)))[0]
