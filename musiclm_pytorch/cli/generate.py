@@ -26,7 +26,7 @@ _AUDIO_SUFFIXES = (".wav", ".flac", ".ogg")
 _STREAM_SUFFIXES = (".wav", ".raw")
 _STANDARD_OUTPUT = Path("-")
 _UNKNOWN_SIZE = 0xFFFFFFFF
-_MAX_SECONDS = 3600
+_MAX_SECONDS, _LAST_SECONDS = 3600, 5.0
 _MAX_COMMENT_LETTERS = 400
 
 
@@ -34,13 +34,23 @@ _MAX_COMMENT_LETTERS = 400
 class Generate(ModelOptions):
     """Generate music from a text. MuLaN ranks the candidates, and the best candidate is written."""
 
-    text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
+    text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")] = ""
     """Description of the music, e.g. "a fast jig played on the flute"."""
+    story: Path | None = None
+    """Instead of TEXT: file with a line for each part of the music, its start in seconds and its text, e.g.
+    "15 a slow waltz". The first start is 0."""
+    mix: tuple[tuple[float, str], ...] = ()
+    """Further texts or audio files to mix with TEXT, each after its weight; TEXT has the weight 1. An example is
+    --mix 0.5 "a slow cello" 0.2 drums.wav."""
+    negative: str | None = None
+    """Text from which the music is led away, e.g. "drums". Needs a guidance scale above 1."""
+    guidance_scale: float | None = None
+    """Strength of the text in the semantic and the coarse stage; 1 is no guidance. By default that of the model."""
     model: str = "tiny"
     """Name of a bundled model, the folder of a trained one, or a hub id. MusicGen and AudioGen models, for example
     facebook/musicgen-small, generate one piece without ranking."""
-    seconds: float = 5.0
-    """Length in seconds, rounded up to whole frames."""
+    seconds: float | None = None
+    """Length in seconds, rounded up to whole frames. By default 5, or with --story 5 after the last start."""
     num_samples: int = 4
     """Number of candidates."""
     seed: int = 0
@@ -89,9 +99,11 @@ class Generate(ModelOptions):
 
     def _generate_musicgen(self, musicgen: "MusicGen") -> None:
         """Write the music of a MusicGen to a file, or chunk by chunk."""
+        if self.story is not None or self.mix or self.negative is not None:
+            raise ValueError(f"--story, --mix and --negative need a MusicLM, {self.model} is a MusicGen or AudioGen")
         request: dict[str, Any] = {
             "texts": self.text,
-            "seconds": self.seconds,
+            "seconds": self._seconds,
             "seeds": self.seed,
             "prompt": self.continue_from,
             "melody": self.melody,
@@ -103,15 +115,7 @@ class Generate(ModelOptions):
 
     def _generate(self, musiclm: "MusicLM") -> None:
         """Write the best candidate of a MusicLM to a file."""
-        candidates = musiclm(
-            self.text,
-            num_samples=self.num_samples,
-            seconds=self.seconds,
-            seed=self.seed,
-            return_all=True,
-            progress=True,
-            prime_wave=self.continue_from,
-        )
+        candidates = musiclm(**self._request(), return_all=True, progress=True)
         best = int(candidates.order[0, 0])
         scores = candidates.scores[0].tolist()
         self._write_music(candidates.waves[0, best], candidates.sample_hz, best, scores)
@@ -128,19 +132,29 @@ class Generate(ModelOptions):
         if self.plot is not None:
             from musiclm_pytorch.evaluation.plots import plot_wave
 
-            plot_wave(wave, sample_hz, self.plot, title=self.text)
+            plot_wave(wave, sample_hz, self.plot, title=self._title)
             self._print(f"wrote {self.plot}")
+
+    def _request(self) -> dict[str, Any]:
+        """Return the arguments of `MusicLM.forward` and `MusicLM.stream`."""
+        from musiclm_pytorch.generation.prompts import Mixture
+
+        guidance = {"guidance_scale": self.guidance_scale}
+        parts = [(Path(part) if Path(part).is_file() else part, weight) for weight, part in self.mix]
+        story = [(start, Mixture([(text, 1.0), *parts]) if parts else text) for start, text in self._starts]
+        return {
+            "text": story,
+            "negative_text": self.negative,
+            "num_samples": self.num_samples,
+            "seconds": self._seconds,
+            "seed": self.seed,
+            "prime_wave": self.continue_from,
+            "sampling": None if self.guidance_scale is None else dict.fromkeys(("semantic", "coarse"), guidance),
+        }
 
     def _stream(self, musiclm: "MusicLM") -> None:
         """Write the music chunk by chunk, and print the scores of the candidates after the first chunk."""
-        chunks = musiclm.stream(
-            self.text,
-            num_samples=self.num_samples,
-            seconds=self.seconds,
-            seed=self.seed,
-            rank_seconds=self.rank_seconds,
-            prime_wave=self.continue_from,
-        )
+        chunks = musiclm.stream(**self._request(), rank_seconds=self.rank_seconds)
         first = next(chunks)
         if first.scores is not None:
             self._report(first.scores[0].tolist(), first.seeds[0] - self.seed)
@@ -170,6 +184,22 @@ class Generate(ModelOptions):
                 file.write(_wav_header(first.sample_hz, channels, num_bytes))
         self._print(f"wrote {self.out if to_file else 'standard output'}")
 
+    @property
+    def _starts(self) -> list[tuple[float, str]]:
+        """The texts, each with its start in seconds."""
+        return [(0.0, self.text)] if self.story is None else _read_story(self.story)
+
+    @property
+    def _seconds(self) -> float:
+        return self._starts[-1][0] + _LAST_SECONDS if self.seconds is None else self.seconds
+
+    @property
+    def _title(self) -> str:
+        """The request in one line."""
+        texts = [text if self.story is None else f"{start:g} s {text}" for start, text in self._starts]
+        texts += [f"{weight:g} x {part}" for weight, part in self.mix]
+        return ", ".join([*texts, *([] if self.negative is None else [f"without {self.negative}"])])
+
     def _report(self, scores: Sequence[float], best: int) -> None:
         """Print the similarity of every candidate to the text."""
         for number, score in enumerate(scores):
@@ -178,8 +208,8 @@ class Generate(ModelOptions):
 
     def _comment(self, best: int) -> str:
         """Return the request as JSON for the comment field of the file; `--num-samples 1` with `seed` repeats it."""
-        request = {"seed": self.seed + best, "seconds": self.seconds, "model": Path(self.model).name}
-        return json.dumps({**request, "text": self.text[:_MAX_COMMENT_LETTERS]}, ensure_ascii=False)
+        request = {"seed": self.seed + best, "seconds": self._seconds, "model": Path(self.model).name}
+        return json.dumps({**request, "text": self._title[:_MAX_COMMENT_LETTERS]}, ensure_ascii=False)
 
     def _print(self, message: str) -> None:
         print(printable(message), file=sys.stderr if self.out == _STANDARD_OUTPUT else sys.stdout)
@@ -195,13 +225,39 @@ def _wav_header(sample_hz: int, channels: int, num_bytes: int | None) -> bytes:
     return struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", sizes[0], b"WAVE", b"fmt ", *sound, b"data", sizes[1])
 
 
+def _read_story(path: Path) -> list[tuple[float, str]]:
+    """Read the lines of a story, each with a start in seconds and a text; empty lines and lines with # are skipped."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the story {path}: {error}") from error
+    story = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        start, _, text = line.strip().partition(" ")
+        try:
+            story.append((float(start), text.strip()))
+        except ValueError as error:
+            raise ValueError(f'line {number} of {path} must be like "15 a slow waltz", got {line!r:.100}') from error
+        if not text.strip():
+            raise ValueError(f'line {number} of {path} has no text; write a line like "15 a slow waltz"')
+    if not story:
+        raise ValueError(f'{path} has no lines; write lines like "15 a slow waltz", of which the first starts at 0')
+    return story
+
+
 def _check(command: Generate) -> None:
     """Check the arguments and that the files can be written, before the model is loaded."""
-    if not command.text.strip():
+    if command.story is not None:
+        if command.text:
+            raise ValueError(f"got the text {command.text!r:.60} and --story {command.story}; pass only one of them")
+        _read_story(command.story)
+    elif not command.text.strip():
         raise ValueError('the text is empty; describe the music, e.g. "a slow waltz on the cello"')
     if command.num_samples < 1:
         raise ValueError(f"--num-samples must be at least 1, got {command.num_samples}")
-    if not 0 < command.seconds <= _MAX_SECONDS:
+    if command.seconds is not None and not 0 < command.seconds <= _MAX_SECONDS:
         raise ValueError(f"--seconds must be above 0 and at most {_MAX_SECONDS}, got {command.seconds:g}")
     if command.seed < 0:
         raise ValueError(f"--seed must not be negative, got {command.seed}")

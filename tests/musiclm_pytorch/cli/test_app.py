@@ -226,7 +226,7 @@ def test_export(musiclm_command, micro_run, tmp_path, capsys):
 BAD_ARGUMENTS = r"""
 no command |  | Expected one of .*generate.*train
 unknown command | sing | sing.*Available subcommands: generate, train, export, codec, convert, evaluate
-missing text | generate | TEXT.*musiclm generate --help
+missing text | generate | the text is empty; describe the music
 unknown option | generate x --secnds 3 | --secnds.*Perhaps you meant: --seconds
 no number | generate x --seconds abc | --seconds.*'abc'
 missing options | train all | --data PATH.*--out PATH
@@ -269,8 +269,8 @@ no codec | train all --data DATA --out TMP/out --codec tinny | tinny.*bundled mo
 codec elsewhere | train all --data DATA --out TMP/out --codec a/b --offline | local cache .offline.* has no model a/b
 no tokenizer | train all --data DATA --out TMP/out --semantic-tokenizer EMPTY | EMPTY.*bundled tokenizers: 16k
 codec as tokens | train all --data DATA --out TMP/out --semantic-tokenizer MODEL/codec |
-    MODEL/codec contains a SoundStream, but a semantic tokenizer is needed
-no mulan | train all --data DATA --out TMP/out --mulan EMPTY | EMPTY contains no MuLaN.*bundled models: tiny
+    MODEL/codec holds a SoundStream, but a SemanticTokenizer is needed
+no mulan | train all --data DATA --out TMP/out --mulan EMPTY | EMPTY contains no complete JointEmbedding
 few levels | train all --preset small --data DATA --out TMP/out --codec MODEL/codec |
     the codec has \d levels, but the preset small needs 8; pass a codec with more
 pretrained, another run | train all --preset micro --data DATA --out RUN --codec MODEL/codec |
@@ -279,9 +279,12 @@ missing stage | train fine --data DATA --out TMP/out | first run musiclm train s
 out is a file | train codec --data DATA --out DATA/00.wav | 00.wav is a file
 out in a file | train codec --preset micro --data DATA --out DATA/00.wav/run | 00.wav is a file
 another run | train all --data DATA --out RUN | RUN contains a run with other settings.*--allow-changed
-no model | generate x --model nobody --out TMP/x.wav | no model 'nobody'; pass the folder
-run without model | generate x --model EMPTY --out TMP/x.wav | EMPTY contains no complete model.*musiclm train all
+no model | generate x --model nobody --out TMP/x.wav | there is no folder nobody; pass .*bundled model: .*tiny
+run without model | generate x --model EMPTY --out TMP/x.wav | EMPTY contains no complete MusicLM
 model in part | generate x --model MODEL --out TMP/x.wav | MODEL lacks coarse/model.safetensors; copy
+text and story | generate x --story DATA/00.wav --out TMP/x.wav | got the text 'x' and --story .*00.wav; pass only one
+no story | generate --story TMP/none.txt --out TMP/x.wav | cannot read the story TMP/none.txt
+story of noise | generate --story JUNK/noise.wav --out TMP/x.wav | noise.wav
 empty text | generate '' --out TMP/x.wav | text is empty; describe the music
 negative seconds | generate x --seconds -1 --out TMP/x.wav | --seconds must be above 0 .*-1
 seconds nan | generate x --seconds nan --out TMP/x.wav | --seconds must be above 0 .*nan

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from musiclm_pytorch.generation.prompts import Mixture
 from musiclm_pytorch.musiclm import MusicLM
 from tests.helpers.bad_input import bad_input, check_bad_input, listing
 
@@ -151,3 +152,28 @@ def test_samples_are_not_written_to_a_terminal(musiclm_command, monkeypatch, cap
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert musiclm_command("generate", "x", "--stream", "--out", "-") == 2
     assert "standard output is a terminal" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_story_with_a_mixture_and_a_negative_text(musiclm_command, micro_run, tmp_path, capsys):
+    """The file has the samples of the Python call, also in a stream; the default length ends 5 s after the last start."""
+    (tmp_path / "story.txt").write_text("# two parts\n0 a low tone\n\n0.25 a high tone\n")
+    words = ("generate", "--story", tmp_path / "story.txt", "--mix", "0.5", "a middle tone", "--negative", "noise")
+    options = ("--model", micro_run / "model", "--seed", 4, "--num-samples", 1)
+    assert musiclm_command(*words, *options, "--seconds", 0.5, "--out", tmp_path / "story.wav") == 0
+    mixtures = [Mixture([(text, 1.0), ("a middle tone", 0.5)]) for text in ("a low tone", "a high tone")]
+    musiclm = MusicLM.from_pretrained(micro_run)
+    story, request = [*zip((0.0, 0.25), mixtures)], {"num_samples": 1, "seconds": 0.5, "seed": 4}
+    expected = musiclm(story, negative_text="noise", **request)[0]
+    wave, _ = soundfile.read(tmp_path / "story.wav")
+    assert abs(wave - expected.numpy()).max() < 1e-3
+    assert musiclm_command(*words, *options, "--seconds", 0.5, "--stream", "--out", tmp_path / "stream.wav") == 0
+    stream, _ = soundfile.read(tmp_path / "stream.wav")
+    assert abs(stream * min(1.0, abs(wave).max() / abs(stream).max()) - wave).max() < 1e-3
+    assert musiclm_command(*words, *options, "--out", tmp_path / "default.wav") == 0
+    assert soundfile.info(tmp_path / "default.wav").duration == 5.26
+    capsys.readouterr()
+    for line, problem in (("x y", "must be like"), ("3", "has no text"), ("", "has no lines")):
+        (tmp_path / "story.txt").write_text(line)
+        assert musiclm_command(*words, *options, "--out", tmp_path / "x.wav") == 2
+        assert problem in capsys.readouterr().err
