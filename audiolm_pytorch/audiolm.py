@@ -236,7 +236,7 @@ class AudioLM(SharedModel):
         if negative and all(settings[name].guidance_scale == 1 for name in negative.keys() & self.stages.keys()):
             raise ValueError(
                 "negative conditions need guidance, but its scale is 1 in all stages; pass for example "
-                'sampling={"semantic": {"guidance_scale": 3.0}}'
+                'sampling={"semantic": {"guidance_scale": 3.0}}, or --guidance-scale 3'
             )
         changes = change_frames(request, self.wav2vec, self.codec)
         first_seed = torch.randint(2**62, (batch,)).tolist() if request.seeds is None else request.seeds

@@ -156,14 +156,15 @@ def test_samples_are_not_written_to_a_terminal(musiclm_command, monkeypatch, cap
 
 @pytest.mark.slow
 def test_a_story_with_a_mixture_and_a_negative_text(musiclm_command, micro_run, tmp_path, capsys):
-    """The file has the samples of the Python call, also in a stream; the default length ends 5 s after the last start."""
+    """The file has the samples of the Python call, also in a stream; by default it ends 5 s after the last start."""
     (tmp_path / "story.txt").write_text("# two parts\n0 a low tone\n\n0.25 a high tone\n")
     words = ("generate", "--story", tmp_path / "story.txt", "--mix", "0.5", "a middle tone", "--negative", "noise")
-    options = ("--model", micro_run / "model", "--seed", 4, "--num-samples", 1)
+    options = ("--model", micro_run / "model", "--seed", 4, "--num-samples", 1, "--guidance-scale", 2)
     assert musiclm_command(*words, *options, "--seconds", 0.5, "--out", tmp_path / "story.wav") == 0
     mixtures = [Mixture([(text, 1.0), ("a middle tone", 0.5)]) for text in ("a low tone", "a high tone")]
     musiclm = MusicLM.from_pretrained(micro_run)
     story, request = [*zip((0.0, 0.25), mixtures)], {"num_samples": 1, "seconds": 0.5, "seed": 4}
+    request["sampling"] = {stage: {"guidance_scale": 2.0} for stage in ("semantic", "coarse")}
     expected = musiclm(story, negative_text="noise", **request)[0]
     wave, _ = soundfile.read(tmp_path / "story.wav")
     assert abs(wave - expected.numpy()).max() < 1e-3
