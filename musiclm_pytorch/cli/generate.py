@@ -99,8 +99,10 @@ class Generate(ModelOptions):
 
     def _generate_musicgen(self, musicgen: "MusicGen") -> None:
         """Write the music of a MusicGen to a file, or chunk by chunk."""
-        if self.story is not None or self.mix or self.negative is not None:
-            raise ValueError(f"--story, --mix and --negative need a MusicLM, {self.model} is a MusicGen or AudioGen")
+        if self.mix or any(option is not None for option in (self.story, self.negative, self.guidance_scale)):
+            raise ValueError(
+                f"--story, --mix, --negative and --guidance-scale need a MusicLM, {self.model} is a MusicGen or AudioGen"
+            )
         request: dict[str, Any] = {
             "texts": self.text,
             "seconds": self._seconds,
