@@ -101,7 +101,7 @@ class Generate(ModelOptions):
         """Write the music of a MusicGen to a file, or chunk by chunk."""
         if self.mix or any(option is not None for option in (self.story, self.negative, self.guidance_scale)):
             raise ValueError(
-                f"--story, --mix, --negative and --guidance-scale need a MusicLM, {self.model} is a MusicGen or AudioGen"
+                f"--story, --mix, --negative and --guidance-scale need a MusicLM, {self.model} is a MusicGen"
             )
         request: dict[str, Any] = {
             "texts": self.text,

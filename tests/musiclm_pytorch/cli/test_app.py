@@ -267,7 +267,7 @@ scale | train all --scale nan --data DATA --out TMP/out | scale must be positive
 negative seed | train all --seed -1 --data DATA --out TMP/out | seed must not be negative, got -1
 no codec | train all --data DATA --out TMP/out --codec tinny | tinny.*bundled model: codec_16khz
 codec elsewhere | train all --data DATA --out TMP/out --codec a/b --offline | local cache .offline.* has no model a/b
-no tokenizer | train all --data DATA --out TMP/out --semantic-tokenizer EMPTY | EMPTY.*bundled tokenizers: 16k
+no tokenizer | train all --data DATA --out TMP/out --semantic-tokenizer EMPTY | EMPTY contains no complete SemanticTokenizer
 codec as tokens | train all --data DATA --out TMP/out --semantic-tokenizer MODEL/codec |
     MODEL/codec holds a SoundStream, but a SemanticTokenizer is needed
 no mulan | train all --data DATA --out TMP/out --mulan EMPTY | EMPTY contains no complete JointEmbedding
@@ -300,7 +300,7 @@ no suffix | generate x --out TMP/new | cannot write TMP/new: name a file that en
 wave in a file | generate x --out DATA/00.wav/x.wav | 00.wav is a file
 wave is a folder | generate x --out TMP/folder.wav | folder.wav: it is a folder
 plot suffix | generate x --out TMP/new/x.wav --plot TMP/new/x.xyz | x.xyz: name a file that ends in .png
-export of nothing | export --run EMPTY --out TMP/out | EMPTY contains no complete model
+export of nothing | export --run EMPTY --out TMP/out | EMPTY contains no complete MusicLM
 export over data | export --run RUN --out DATA | DATA contains files that do not belong to a model
 """
 
