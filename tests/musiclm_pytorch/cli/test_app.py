@@ -267,7 +267,7 @@ scale | train all --scale nan --data DATA --out TMP/out | scale must be positive
 negative seed | train all --seed -1 --data DATA --out TMP/out | seed must not be negative, got -1
 no codec | train all --data DATA --out TMP/out --codec tinny | tinny.*bundled model: codec_16khz
 codec elsewhere | train all --data DATA --out TMP/out --codec a/b --offline | local cache .offline.* has no model a/b
-no tokenizer | train all --data DATA --out TMP/out --semantic-tokenizer EMPTY | EMPTY contains no complete SemanticTokenizer
+no tokenizer | train all --data DATA --out TMP/out --semantic-tokenizer EMPTY | no complete SemanticTokenizer
 codec as tokens | train all --data DATA --out TMP/out --semantic-tokenizer MODEL/codec |
     MODEL/codec holds a SoundStream, but a SemanticTokenizer is needed
 no mulan | train all --data DATA --out TMP/out --mulan EMPTY | EMPTY contains no complete JointEmbedding
