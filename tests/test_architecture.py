@@ -44,8 +44,8 @@ ROOMS = {
         "musicgen": "evaluation",
         "pretrained": "mulan musiclm quantizer",
         "pipeline": "mulan musiclm pretrained quantizer",
-        "cli": "evaluation mulan musicgen musiclm pipeline pretrained quantizer",
-        "recipes": "cli evaluation mulan musicgen musiclm pipeline pretrained quantizer",
+        "cli": "evaluation generation mulan musicgen musiclm pipeline pretrained quantizer",
+        "recipes": "cli evaluation generation mulan musicgen musiclm pipeline pretrained quantizer",
     },
 }
 
