@@ -27,6 +27,8 @@ def mel_filterbank(
         ValueError: If `f_min_hz` is not below `f_max_hz`, or if a filter lies between two FFT bins, so that all its
             weights are zero.
     """
+    if sample_hz < 1 or n_fft < 1:
+        raise ValueError(f"sample_hz and n_fft must be at least 1, got sample_hz={sample_hz}, n_fft={n_fft}")
     top_hz = sample_hz / 2 if f_max_hz is None else f_max_hz
     if num_mels < 1 or not 0 <= f_min_hz < top_hz <= sample_hz / 2:
         raise ValueError(
@@ -110,7 +112,7 @@ class MelSpectrogram(nn.Module):
         center: bool = True,
     ) -> None:
         super().__init__()
-        if not 1 <= (win_length or n_fft) <= n_fft or hop_length < 1 or power <= 0:
+        if not 1 <= (win_length or n_fft) <= n_fft or hop_length < 1 or not 0 < power < float("inf"):
             raise ValueError(
                 f"need 1 <= win_length <= n_fft, hop_length >= 1 and power > 0, got win_length={win_length}, "
                 f"n_fft={n_fft}, hop_length={hop_length}, power={power}"
@@ -127,6 +129,8 @@ class MelSpectrogram(nn.Module):
     def forward(self, wave: Tensor) -> Tensor:
         """Compute the spectrogram `[..., num_mels, f]` (float32, >= 0) of `wave [..., n]`; f is `num_frames(n)`."""
         check_dtype(wave)
+        if not wave.ndim or 0 in wave.shape[:-1]:
+            raise ValueError(f"wave must be [..., n] with at least one item, got shape {list(wave.shape)}")
         num_samples = wave.shape[-1]
         if num_samples < (1 if self.center else self.n_fft):
             raise ValueError(f"wave has {num_samples} samples, must have at least {1 if self.center else self.n_fft}")

@@ -33,7 +33,7 @@ def _check_rates(from_hz: int, to_hz: int) -> None:
     low, high = min(from_hz, to_hz), max(from_hz, to_hz)
     if not 1 <= low <= high <= min(MAX_HZ, low * MAX_HZ // MIN_HZ):
         raise ValueError(
-            f"cannot resample from {from_hz} Hz to {to_hz} Hz; sample rates of audio are in {MIN_HZ}..{MAX_HZ} Hz"
+            f"cannot resample from_hz={from_hz} to to_hz={to_hz}; sample rates of audio are in {MIN_HZ}..{MAX_HZ} Hz"
         )
 
 
@@ -51,6 +51,8 @@ def resample(wave: Tensor, from_hz: int, to_hz: int) -> Tensor:
     """
     check_samples(wave)
     _check_rates(from_hz, to_hz)
+    if not wave.ndim:
+        raise ValueError("wave must be [..., n], got a tensor without axes")
     if from_hz == to_hz:
         return wave
     num_out = resampled_length(wave.shape[-1], from_hz, to_hz)

@@ -33,7 +33,8 @@ def typed(target: Target) -> Target:
     """Decorate a function, or the public methods of a class, to raise a TypeError for arguments of other types.
 
     Whole numbers are accepted where `float` is annotated, numpy numbers where Python's are, and lists where tuples are.
-    The function receives numpy numbers and lists converted if the annotation needs that.
+    The function receives numpy numbers and lists converted if the annotation needs that. A number that is NaN raises a
+    ValueError.
     """
     if isinstance(target, type):
         for name, method in list(vars(target).items()):
@@ -44,12 +45,15 @@ def typed(target: Target) -> Target:
 
     @functools.wraps(checked)
     def call(*args: Any, **keywords: Any) -> Any:
+        for value in (*args, *keywords.values()):
+            if isinstance(value, float) and value != value:
+                _refuse_nan(target, inspect.signature(target).bind_partial(*args, **keywords))
         while True:
             try:
                 return checked(*args, **keywords)
             except _WrongTypeError as error:
                 violation = str(error)
-            arguments = inspect.signature(target).bind(*args, **keywords)
+            arguments = inspect.signature(target).bind_partial(*args, **keywords)
             _convert_argument(target, arguments, violation)
             args, keywords = arguments.args, arguments.kwargs
 
@@ -61,6 +65,19 @@ def keep_arguments(instance: Any, arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if not hasattr(instance, name):
             setattr(instance, name, value)
+
+
+def _refuse_nan(target: Callable[..., Any], arguments: inspect.BoundArguments) -> None:
+    """Raise a ValueError that names the arguments that are NaN."""
+    values = dict(arguments.arguments)
+    for rest in [value for value in values.values() if isinstance(value, dict)]:  # of **keywords
+        values |= rest
+    names = [name for name, value in values.items() if isinstance(value, float) and value != value]
+    raise ValueError(f"{_name_of(target)}: {', '.join(names)} must be a number, got NaN")
+
+
+def _name_of(target: Callable[..., Any]) -> str:
+    return target.__qualname__.removesuffix(".__init__").replace("<locals>.", "")
 
 
 def described(value: Any) -> str:
@@ -96,8 +113,7 @@ def _convert_argument(target: Callable[..., Any], arguments: inspect.BoundArgume
     advice = ""
     if "Tensor" in hint and isinstance(value, np.ndarray | list | tuple):
         advice = f"; convert it with torch.{'from_numpy' if isinstance(value, np.ndarray) else 'tensor'}"
-    where = target.__qualname__.removesuffix(".__init__").replace("<locals>.", "")
-    raise TypeError(f"{where}: {name} must be {hint}, got {described(value)}{advice}")
+    raise TypeError(f"{_name_of(target)}: {name} must be {hint}, got {described(value)}{advice}")
 
 
 def _plain(value: Any, to_tuple: bool) -> Any:

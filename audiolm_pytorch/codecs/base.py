@@ -5,12 +5,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from audiolm_pytorch.audio.units import frames_covering
 from audiolm_pytorch.audio.waves import checked_wave
 from audiolm_pytorch.checks.tracing import is_traced
+from audiolm_pytorch.checks.types import described
 from audiolm_pytorch.codecs.streaming import DecoderStream, EncoderStream
 from audiolm_pytorch.saving.modules import SavedModule
 
@@ -115,6 +117,8 @@ class Codec(SavedModule, ABC):
 
     def _check_codes(self, codes: Tensor) -> Tensor:
         """Check that codes are integers `[b, f, q']` in the range of the codebooks, and return them."""
+        if not isinstance(codes, Tensor) or codes.is_complex():
+            raise TypeError(f"codes must be a tensor of integers, got {described(codes)}")
         if codes.ndim != 3 or not 1 <= codes.shape[-1] <= self.num_quantizers:
             raise ValueError(
                 f"codes must be [b, f, q] with q in 1..{self.num_quantizers}, got shape {list(codes.shape)}"
@@ -131,6 +135,8 @@ class Codec(SavedModule, ABC):
     def _check_num_samples(self, num_samples: int | None, num_frames: int) -> None:
         """Check that `num_frames` frames decode to at least `num_samples` samples."""
         covered = self.covered_samples(num_frames)
+        if num_samples is not None and not isinstance(num_samples, int | np.integer):
+            raise TypeError(f"num_samples must be int | None, got {described(num_samples)}")
         if num_samples is not None and not 0 <= num_samples <= covered:
             raise ValueError(
                 f"{num_frames} frames of codes cover only {covered} samples, got num_samples={num_samples}; "

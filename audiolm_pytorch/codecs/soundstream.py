@@ -87,7 +87,7 @@ class SoundStream(StreamingCodec):
     ) -> None:
         super().__init__()
         check_positive(codebook_dim=codebook_dim, channels=channels, rq_num_quantizers=rq_num_quantizers)
-        check_positive(codebook_size=codebook_size, rq_groups=rq_groups)
+        check_positive(codebook_size=codebook_size, rq_groups=rq_groups, target_sample_hz=target_sample_hz)
         conv: dict[str, Any] = dict(channels=audio_channels, base_dim=channels, strides=strides, dim=codebook_dim)
         conv |= dict(attn_window_size=attn_window_size, attn_depth=attn_depth)
         self.encoder: WaveEncoder = encoder or ConvEncoder(**conv)
@@ -291,6 +291,9 @@ def SpectralSoundStream(
     `encoder_depth` and `decoder_depth` are numbers of ConvNeXt blocks, and a frame has `hop_samples` samples. Frames
     are projected to code vectors of width `code_dim` and back. `SpectralEncoder` documents `magnitude_floor`.
     """
+    check_positive(rq_num_quantizers=rq_num_quantizers, code_dim=code_dim, audio_channels=audio_channels)
+    if encoder_depth < 0 or decoder_depth < 0:
+        raise ValueError(f"encoder_depth={encoder_depth} and decoder_depth={decoder_depth} must be at least 0")
     sizes: dict[str, Any] = dict(dim=dim, hop_samples=hop_samples, channels=audio_channels)
     return SoundStream(
         encoder=SpectralEncoder(depth=encoder_depth, magnitude_floor=magnitude_floor, **sizes),

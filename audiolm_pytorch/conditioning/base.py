@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import described, typed
 from audiolm_pytorch.saving.modules import SavedModule
 
 __all__ = ["ConditionTensor", "Conditioner", "Conditions", "TextEncoder", "guide"]
@@ -32,6 +32,8 @@ class ConditionTensor:
     rows: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if not self.embeddings.is_floating_point():
+            raise ValueError(f"embeddings must be floats, got {described(self.embeddings)}")
         has_shapes = self.embeddings.ndim == 3 and self.mask.shape == self.embeddings.shape[:2]
         if not has_shapes or self.mask.dtype != torch.bool or self.mask.shape[1] == 0:
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from audiolm_pytorch.checks.types import keep_arguments, typed
 from audiolm_pytorch.lm.stage_transformer import StageTransformer, TokenSource
+from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.saving.modules import register
 from audiolm_pytorch.tokens.streams import Stream, exact_rate
 
@@ -42,6 +43,7 @@ class SemanticTransformer(StageTransformer):
         audio_text_condition: bool = False,
         **options: Any,
     ) -> None:
+        check_positive(num_semantic_tokens=num_semantic_tokens)
         super().__init__(
             sources={"semantic": TokenSource("semantic", 0, 1)},
             config={"num_semantic_tokens": num_semantic_tokens, "rate_hz": str(rate_hz), "eos": eos},
@@ -93,6 +95,8 @@ class CoarseTransformer(StageTransformer):
         audio_text_condition: bool = False,
         **options: Any,
     ) -> None:
+        check_positive(num_semantic_tokens=num_semantic_tokens, codebook_size=codebook_size)
+        check_positive(num_coarse_quantizers=num_coarse_quantizers)
         # Rounding errors of seconds as a float do not add a token.
         exact_frames = exact_rate(semantic_rate_hz) * Fraction(semantic_lookahead_seconds) - Fraction(1, 10**6)
         semantic = Stream(
@@ -162,6 +166,8 @@ class FineTransformer(StageTransformer):
         audio_text_condition: bool = False,
         **options: Any,
     ) -> None:
+        check_positive(num_coarse_quantizers=num_coarse_quantizers, num_fine_quantizers=num_fine_quantizers)
+        check_positive(codebook_size=codebook_size)
         coarse = Stream(
             "coarse", codebook_size, num_coarse_quantizers, exact_rate(rate_hz), True, num_groups=num_groups
         )

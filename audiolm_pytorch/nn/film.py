@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.saving.modules import SavedModule, register
 
 __all__ = ["FiLM"]
@@ -22,6 +23,7 @@ class FiLM(SavedModule):
     @typed
     def __init__(self, *, dim: int) -> None:
         super().__init__()
+        check_positive(dim=dim)
         self.config: dict[str, Any] = dict(dim=dim)
         self.dim = dim
         # gamma - 1 and beta for each flag; equal to a linear layer on a one-hot flag

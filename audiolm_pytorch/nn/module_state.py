@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-__all__ = ["check_positive", "device_of", "eval_mode"]
+__all__ = ["check_positive", "check_shares", "device_of", "eval_mode"]
 
 _lock, _num_users = RLock(), WeakKeyDictionary[nn.Module, int]()  # number of `with` blocks that a module is in
 
@@ -26,6 +26,13 @@ def check_positive(**sizes: int | Sequence[int]) -> None:
         values = [value] if isinstance(value, int) else list(value)
         if not values or min(values) < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_shares(**shares: float) -> None:
+    """Check that each share or probability is in 0..1; the ValueError names the argument."""
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in 0..1, got {value}")
 
 
 @contextmanager

@@ -258,7 +258,7 @@ def frame_counts(streams: Sequence[Stream], num_frames: Mapping[str, int | Tenso
         count = torch.as_tensor(num_frames[stream.name]).cpu()
         if count.is_floating_point() or count.ndim > 1 or count.numel() not in (1, batch_size) or (count < 0).any():
             raise ValueError(
-                f"the number of frames of '{stream.name}' must be one integer or {batch_size} integers, 0 or more; "
+                f"num_frames of '{stream.name}' must be one integer or {batch_size} integers, 0 or more; "
                 f"got {count.tolist()}"
             )
         columns.append(count.long().expand(batch_size))

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from audiolm_pytorch.audio.padding import checked_lengths
 from audiolm_pytorch.audio.units import samples_in
 from audiolm_pytorch.audio.waves import mono_waves
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import described, typed
 from audiolm_pytorch.saving.modules import SavedModule
 
 __all__ = ["JointEmbedding", "average_latents"]
@@ -42,9 +43,9 @@ class JointEmbedding(SavedModule, ABC):
         window_stride_seconds: float = 1.0,
     ) -> None:
         super().__init__()
-        if dim_latent < 1 or window_seconds <= 0 or window_stride_seconds <= 0:
+        if dim_latent < 1 or not 0 < window_seconds < inf or not 0 < window_stride_seconds < inf:
             raise ValueError(
-                f"dim_latent, window_seconds and window_stride_seconds must be positive, got {dim_latent}, "
+                f"dim_latent, window_seconds and window_stride_seconds must be positive and finite, got {dim_latent}, "
                 f"{window_seconds} and {window_stride_seconds}"
             )
         self.dim_latent, self.sample_hz = dim_latent, sample_hz
@@ -92,6 +93,9 @@ class JointEmbedding(SavedModule, ABC):
         return torch.stack([average_latents(self.window_latents(wav[:size])) for wav, size in zip(wavs, sizes)])
 
 
+@typed
 def average_latents(latents: Tensor) -> Tensor:
     """Average unit vectors `[..., w, d]` over windows, and normalise the average `[..., d]` to unit norm."""
+    if not latents.is_floating_point() or latents.ndim < 2 or not latents.shape[-2]:
+        raise ValueError(f"latents must be floats [..., w, d] with w >= 1, got {described(latents)}")
     return F.normalize(latents.mean(dim=-2), dim=-1)

@@ -54,8 +54,10 @@ class LayerContrast:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.layers or min(map(min, self.layers)) < 0 or not self.weight > 0:
-            raise ValueError(f"need layers >= 0 and weight > 0, got layers {self.layers}, weight {self.weight}")
+        if not self.layers or min(map(min, self.layers)) < 0 or not 0 < self.weight < float("inf"):
+            raise ValueError(
+                f"need layers >= 0 and a finite weight > 0, got layers {self.layers}, weight {self.weight}"
+            )
 
     @property
     def config(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import described, typed
 from audiolm_pytorch.saving.modules import SavedModule, register
 from musiclm_pytorch.mulan.distributed import gather_batch, gather_counts, own_rank
 
@@ -206,8 +206,10 @@ class SigmoidContrastiveLearning(ContrastiveLoss):
         self, init_temperature: float = 0.1, min_temperature: float = 0.01, *, init_bias: float = -10.0
     ) -> None:
         super().__init__(init_temperature, min_temperature)
+        if abs(init_bias) == float("inf"):
+            raise ValueError(f"init_bias must be finite, got {init_bias}")
         self.config["init_bias"] = self.init_bias = init_bias
-        self.bias = nn.Parameter(torch.tensor(init_bias))
+        self.bias = nn.Parameter(torch.tensor(float(init_bias)))
 
     def chance(self, num_clips: int, texts_per_clip: float, negatives_per_clip: float = 0.0) -> float:
         """Loss (nats) of a model whose latents are all equal and whose bias is optimal."""
@@ -228,17 +230,18 @@ class SigmoidContrastiveLearning(ContrastiveLoss):
 
 def _checked_clip_index(audio: Tensor, text: Tensor, captions: Tensor | None, clip_index: Tensor | None) -> Tensor:
     """Check the arguments; return the clip index of each of k texts, `[k]` int64, on the device of `audio`."""
-    if audio.ndim != 2 or text.ndim != 2 or audio.shape[1] != text.shape[1]:
+    has_shapes = audio.ndim == 2 and text.ndim == 2 and audio.shape[1] == text.shape[1]
+    if not has_shapes or not audio.is_floating_point() or not text.is_floating_point():
         raise ValueError(
-            f"need audio latents [b, d] and text latents [k, d], got {tuple(audio.shape)} and {tuple(text.shape)}"
+            f"need floats audio_latents [b, d] and text_latents [k, d], got {described(audio)} and {described(text)}"
         )
     if captions is not None and captions.shape != text.shape[:1]:
         raise ValueError(f"captions must be [{len(text)}] numbers, one per text, got {tuple(captions.shape)}")
     if clip_index is None:
         if len(audio) != len(text):
             raise ValueError(
-                f"got {len(audio)} clips and {len(text)} texts without clip_index; pass one text per clip, or pass "
-                "clip_index with the row of the clip that each text describes"
+                f"audio_latents of {len(audio)} clips and text_latents of {len(text)} texts without clip_index; "
+                "pass one text per clip, or pass clip_index with the row of the clip that each text describes"
             )
         return torch.arange(len(text), device=audio.device)
     if clip_index.shape != text.shape[:1] or clip_index.is_floating_point():

@@ -80,7 +80,10 @@ class SpecAugment(nn.Module):
         if not 0.25 <= stretch_factor <= 4:
             raise ValueError(f"spec_aug_stretch_factor must be between 0.25 and 4 (1 = off), got {stretch_factor}")
         if not (0 <= freq_mask_fraction < 1 and 0 <= time_mask_fraction < 1):
-            raise ValueError(f"mask fractions must be in [0, 1), got {freq_mask_fraction} and {time_mask_fraction}")
+            raise ValueError(
+                "spec_aug_freq_mask and spec_aug_time_mask must be in [0, 1), "
+                f"got {freq_mask_fraction} and {time_mask_fraction}"
+            )
         self.stretch_factor = stretch_factor
         self.freq_mask_fraction = freq_mask_fraction
         self.time_mask_fraction = time_mask_fraction

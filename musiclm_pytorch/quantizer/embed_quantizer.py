@@ -134,7 +134,7 @@ class MuLaNEmbedQuantizer(Conditioner):
             raise ValueError("this quantizer is fitted already and models may depend on its codes; fit a new quantizer")
         if num_latents < self.codebook_size:
             raise ValueError(
-                f"{num_latents} latents are too few for {self.codebook_size} codes per level; use more audio "
+                f"{num_latents} audio_latents are too few for {self.codebook_size} codes per level; use more audio "
                 "or a smaller codebook_size"
             )
 
@@ -154,13 +154,15 @@ class MuLaNEmbedQuantizer(Conditioner):
         `align_texts`). `clip_index [k]` is the row in `audio_latents` that each text describes; None = text i describes
         row i.
         """
-        self._check_latents(audio_latents)
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, got {seed}")
+        self._check_latents(audio_latents, "audio_latents")
         self.check_can_fit(len(audio_latents))
         audio = audio_latents.float().cpu()
         audio_mean = audio.mean(dim=0, dtype=torch.float64)
         text_mean, text_map = audio_mean, torch.eye(audio.shape[1])
         if text_latents is not None:
-            self._check_latents(text_latents)
+            self._check_latents(text_latents, "text_latents")
             clip_index = torch.arange(len(audio)) if clip_index is None else clip_index.cpu().long()
             if audio.ndim != 2 or clip_index.shape != text_latents.shape[:-1]:
                 raise ValueError(
@@ -274,9 +276,9 @@ class MuLaNEmbedQuantizer(Conditioner):
         with torch.autocast(device_type=latents.device.type, enabled=False):
             return (latents.float() - self.text_mean.float()) @ self.text_map.float()
 
-    def _check_latents(self, latents: Tensor) -> None:
+    def _check_latents(self, latents: Tensor, name: str = "latents") -> None:
         width = self.mulan.dim_latent
         if latents.ndim < 1 or latents.shape[-1] != width or not latents.is_floating_point():
-            raise ValueError(f"latents must be float [..., {width}], got {latents.dtype} {tuple(latents.shape)}")
+            raise ValueError(f"{name} must be float [..., {width}], got {latents.dtype} {tuple(latents.shape)}")
         if not torch.isfinite(latents).all():
-            raise ValueError("latents must be finite, got NaN or infinity")
+            raise ValueError(f"{name} must be finite, got NaN or infinity")

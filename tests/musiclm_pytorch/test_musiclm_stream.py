@@ -120,7 +120,7 @@ def test_invalid_arguments_raise_errors_before_the_first_chunk() -> None:
     for message, wrong in {
         "seconds and chunk_seconds and rank_seconds must be positive, got 0 and": {"seconds": 0},
         "must be positive, got 30.0 and 0.0": {"chunk_seconds": 0.0},
-        "rank_seconds must be positive, got 30.0 and 1.0 and nan": {"rank_seconds": float("nan")},
+        "rank_seconds must be a number, got NaN": {"rank_seconds": float("nan")},
         "num_samples must be at least 1": {"num_samples": 0},
         "one per candidate; got seed None and 2 seeds": {"seeds": [1, 2]},
         "num_levels must be in 1..2, got 3": {"num_levels": 3},

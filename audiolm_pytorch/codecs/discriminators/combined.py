@@ -22,7 +22,7 @@ class Discriminators(SavedModule):
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
         if not parts:
-            raise ValueError("got an empty list of discriminators; pass at least one")
+            raise ValueError("parts must be at least one discriminator, got an empty list")
         self.parts = nn.ModuleList(parts)
 
     @property

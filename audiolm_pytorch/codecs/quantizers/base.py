@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import described, typed
 from audiolm_pytorch.codecs.quantizers.distributed import from_first_process
 from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.saving.modules import SavedModule
@@ -115,6 +116,10 @@ class ResidualLevels(FrameQuantizer):
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """Encode frames `[b, f, d]` as codes `[b, f, q]` int64: each level selects the code nearest to its residual."""
+        if not isinstance(frames, Tensor):
+            raise TypeError(f"frames must be a tensor, got {described(frames)}")
+        if frames.ndim != 3 or frames.shape[-1] != self.dim or not frames.is_floating_point() or 0 in frames.shape:
+            raise ValueError(f"frames must be floats [b, f, {self.dim}] and not empty, got {described(frames)}")
         with torch.autocast(frames.device.type, enabled=False):
             residual = self._project(frames)
             codes = []
@@ -164,11 +169,17 @@ class ResidualLevels(FrameQuantizer):
         """Quantize projected frames and update codebooks; return code vectors, codes `[b, f, num_levels]` and loss."""
 
 
+@typed
 def code_usage(codes: Tensor, codebook_size: int) -> dict[str, Tensor]:
     """Compute `usage [q]`, the share of used codes, and `perplexity [q]`, the perplexity divided by the codebook size.
 
     Negative entries of `codes [..., q]` are ignored.
     """
+    check_positive(codebook_size=codebook_size)
+    if codes.is_floating_point() or codes.is_complex() or codes.ndim < 1 or not codes.shape[-1]:
+        raise ValueError(f"codes must be integers [..., q] with q >= 1, got {described(codes)}")
+    if codes.numel() and int(codes.max()) >= codebook_size:
+        raise ValueError(f"codes must be below codebook_size={codebook_size}, got {int(codes.max())}")
     levels = rearrange(codes, "... q -> q (...)")
     counts = torch.stack([torch.bincount(level[level >= 0], minlength=codebook_size) for level in levels]).float()
     return usage_of_counts(counts, used_above=0.0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.quantizers.base import ResidualLevels
 from audiolm_pytorch.codecs.quantizers.distributed import distributed_mean
+from audiolm_pytorch.nn.module_state import check_positive, check_shares
 from audiolm_pytorch.saving.modules import constructor_arguments, register
 
 __all__ = ["ResidualFiniteScalarQuantizer", "ResidualLookupFreeQuantizer", "grid_steps"]
@@ -84,6 +85,10 @@ class ResidualLookupFreeQuantizer(_GridLevels):
         level_dropout: float = 0.5,
     ) -> None:
         config = constructor_arguments(locals())
+        check_positive(dim=dim, codebook_size=codebook_size, num_quantizers=num_quantizers)
+        check_shares(entropy_weight=entropy_weight, level_dropout=level_dropout)
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be finite and above 0, got {temperature}")
         from vector_quantize_pytorch import ResidualLFQ
 
         if codebook_size < 2 or codebook_size & (codebook_size - 1):
@@ -145,6 +150,8 @@ class ResidualFiniteScalarQuantizer(_GridLevels):
         self, *, dim: int, codebook_size: int = 1024, num_quantizers: int = 8, level_dropout: float = 0.5
     ) -> None:
         config = constructor_arguments(locals())
+        check_positive(dim=dim, codebook_size=codebook_size, num_quantizers=num_quantizers)
+        check_shares(level_dropout=level_dropout)
         from vector_quantize_pytorch import ResidualFSQ
 
         levels = list(grid_steps(codebook_size))

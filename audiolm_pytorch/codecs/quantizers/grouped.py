@@ -11,6 +11,7 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.quantizers.base import FrameQuantizer, Quantized, ResidualLevels
 from audiolm_pytorch.codecs.quantizers.fixed_grid import ResidualFiniteScalarQuantizer, ResidualLookupFreeQuantizer
 from audiolm_pytorch.codecs.quantizers.vector import ResidualQuantizer
+from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.saving.modules import module_spec, register
 
 __all__ = ["GroupedQuantizer", "make_quantizer"]
@@ -93,7 +94,8 @@ def make_quantizer(
     """
     if lookup_free and finite_scalar:
         raise ValueError("got lookup_free=True and finite_scalar=True; set at most one of them")
-    if groups < 1 or dim % groups:
+    check_positive(dim=dim, codebook_size=codebook_size, num_quantizers=num_quantizers, groups=groups)
+    if dim % groups:
         raise ValueError(f"frames of width {dim} cannot be divided into {groups} equal groups; use a divisor of {dim}")
     kind: Callable[..., ResidualLevels] = ResidualQuantizer
     if lookup_free:

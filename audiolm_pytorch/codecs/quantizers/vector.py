@@ -11,7 +11,7 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.quantizers.base import ResidualLevels
 from audiolm_pytorch.codecs.quantizers.distributed import distributed_sample, from_first_process, sum_over_processes
 from audiolm_pytorch.nn.kmeans import nearest_centroid
-from audiolm_pytorch.nn.module_state import check_positive
+from audiolm_pytorch.nn.module_state import check_positive, check_shares
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.modules import constructor_arguments, register
 
@@ -128,6 +128,8 @@ class ResidualQuantizer(ResidualLevels):
     ) -> None:
         codebook_dim = dim if codebook_dim is None else codebook_dim
         check_positive(dim=dim, codebook_size=codebook_size, num_quantizers=num_quantizers, codebook_dim=codebook_dim)
+        check_positive(expected_frames=expected_frames)
+        check_shares(decay=decay, dead_below_share=dead_below_share, level_dropout=level_dropout)
         config = constructor_arguments(locals())
         super().__init__(_Levels(dim, codebook_dim, codebook_size, num_quantizers), config)
 

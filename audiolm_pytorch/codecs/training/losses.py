@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.mel import MelSpectrogram
+from audiolm_pytorch.audio.waves import check_dtype
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.discriminators import ScaleOutput
 
@@ -36,6 +37,13 @@ class MultiScaleMelLoss(nn.Module):
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         """Return the L1 distance (nepers) of waves `[b, c, n]`, averaged over the windows, as a float32 scalar."""
+        check_dtype(reconstruction, "reconstruction")
+        check_dtype(target, "target")
+        if reconstruction.shape != target.shape or not target.numel():
+            raise ValueError(
+                "reconstruction and target must have equal shapes [b, c, n] and not be empty, got "
+                f"{list(reconstruction.shape)} and {list(target.shape)}"
+            )
         total = reconstruction.new_zeros((), dtype=torch.float32)
         for scale in range(len(self.scales)):
             with torch.no_grad():

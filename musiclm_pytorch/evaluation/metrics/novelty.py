@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from audiolm_pytorch.audio.files import resample
 from audiolm_pytorch.audio.mel import MelSpectrogram
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import described, typed
 from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, Metric, UnmetNeed
 from musiclm_pytorch.evaluation.report import MetricValue
 
@@ -34,6 +34,9 @@ def _check_shapes(queries: Tensor, references: Tensor, num_axes: int) -> None:
             f"queries and references must have {num_axes} axes and equal sizes after the first axis, with at least one "
             f"reference; got queries {tuple(queries.shape)} and references {tuple(references.shape)}"
         )
+    for name, tensor in (("queries", queries), ("references", references)):
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{name} must be finite floats, got {described(tensor)}")
 
 
 @typed
@@ -63,6 +66,8 @@ def melody_similarity(queries: Tensor, references: Tensor, max_shift_frames: int
     `melody_spectrogram`. Frames of a query that do not overlap with the shifted reference are left out.
     """
     _check_shapes(queries, references, num_axes=3)
+    if max_shift_frames < 0:
+        raise ValueError(f"max_shift_frames must be at least 0, got {max_shift_frames}")
     num_frames = queries.shape[2]
     best = queries.new_full((len(queries),), -1.0)
     limit = min(max_shift_frames, num_frames // 2)

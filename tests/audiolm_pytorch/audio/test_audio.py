@@ -172,7 +172,7 @@ def test_equal_rates_change_nothing_and_wrong_ones_are_refused(rng: np.random.Ge
     """Guards the shortcut and the check of rates."""
     wave = torch.from_numpy(rng.standard_normal(100)).float()
     assert resample(wave, 16000, 16000) is wave
-    with pytest.raises(ValueError, match="cannot resample from 16000 Hz to 0 Hz"):
+    with pytest.raises(ValueError, match="from_hz=16000 to to_hz=0"):
         resample(wave, 16000, 0)
 
 

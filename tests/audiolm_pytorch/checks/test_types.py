@@ -60,6 +60,27 @@ def test_other_types_raise_a_type_error_of_one_line(call: Any, message: str) -> 
         call()
 
 
+def test_nan_is_no_number() -> None:
+    """An argument that is NaN raises an error before a comparison with it is silently false."""
+
+    @typed
+    def options(**settings: float) -> None:
+        pass
+
+    for call, name in [
+        (lambda: numbers(1, float("nan")), "real"),
+        (lambda: options(weight=np.float64("nan")), "weight"),
+    ]:
+        with pytest.raises(ValueError, match=f"{name} must be a number, got NaN$"):
+            call()
+
+
+def test_a_wrong_type_is_named_even_if_other_arguments_are_missing() -> None:
+    """The first mistake to report is the one that was passed."""
+    with pytest.raises(TypeError, match="real must be float, got 'x'"):
+        numbers(real="x")
+
+
 def test_errors_of_the_function_itself_pass_unchanged() -> None:
     """A function that raises is called once."""
     calls = []

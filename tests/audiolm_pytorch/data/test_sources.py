@@ -280,7 +280,7 @@ def test_a_stereo_codec_trains_on_a_folder_with_a_surround_file(
 @pytest.mark.parametrize("wrong", [{"channels": 0}, {"min_seconds": -1.0}, {"min_seconds": float("nan")}])
 def test_impossible_requirements_are_refused(wrong: dict[str, Any]) -> None:
     """Names the requirement."""
-    with pytest.raises(ValueError, match="min_seconds >= 0 and channels >= 1"):
+    with pytest.raises(ValueError, match="min_seconds >= 0 and channels >= 1|min_seconds must be a number"):
         Requirements(**wrong)
 
 

@@ -263,7 +263,7 @@ no captions, all | train all --data BARE --out TMP/out | BARE has no captions.*p
 no captions, dry | train mulan --data BARE --out TMP/out --dry-run | BARE has no captions
 unknown preset | train all --preset tinny --data DATA --out TMP/out | 'tinny'; choose one of: tiny, small
 unknown stage | train codek --data DATA --out TMP/out | 'codek'; pass all or one of: codec
-scale | train all --scale nan --data DATA --out TMP/out | scale must be positive, got nan
+scale | train all --scale nan --data DATA --out TMP/out | scale must be a number, got NaN
 negative seed | train all --seed -1 --data DATA --out TMP/out | seed must not be negative, got -1
 no codec | train all --data DATA --out TMP/out --codec tinny | tinny.*bundled model: codec_16khz
 codec elsewhere | train all --data DATA --out TMP/out --codec a/b --offline | local cache .offline.* has no model a/b

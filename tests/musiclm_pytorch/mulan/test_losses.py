@@ -231,7 +231,7 @@ def test_loss_is_float32_under_autocast(loss: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("sizes", "captions", "clip_index", "words"),
     [
-        ((2, 3), None, None, "2 clips and 3 texts without clip_index; pass one text per clip"),
+        ((2, 3), None, None, "2 clips and text_latents of 3 texts without clip_index; pass one text per clip"),
         ((0, 0), None, None, "no clips"),
         ((2, 2), torch.zeros(3), None, "captions"),
         ((2, 3), None, torch.tensor([0, 1]), r"clip_index must be \[3\]"),

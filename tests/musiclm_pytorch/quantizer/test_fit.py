@@ -195,9 +195,9 @@ def test_nothing_is_read_for_a_fit_that_cannot_be(tmp_path: Path, monkeypatch: p
     items, quantizer = _steps(tmp_path, 3), _quantizer()
     with monkeypatch.context() as patch:
         patch.setattr(CropDataset, "get", lambda *_: pytest.fail("a file was read"))
-        with pytest.raises(ValueError, match=r"3 latents are too few for 4 codes.*smaller codebook_size"):
+        with pytest.raises(ValueError, match=r"3 audio_latents are too few for 4 codes.*smaller codebook_size"):
             fit_quantizer(quantizer, items)
-        with pytest.raises(ValueError, match="0 latents are too few"):
+        with pytest.raises(ValueError, match="0 audio_latents are too few"):
             fit_quantizer(quantizer, [])
     assert not quantizer.fitted
     fit_quantizer(_quantizer(size=3), items)

@@ -128,7 +128,7 @@ def test_opus_has_the_requested_bitrate():
     copy = next(opus_copies(wave, SAMPLE_HZ, 8000, (8.0,)))
     assert copy.kbps == pytest.approx(few.kbps) and copy.waves.shape == (1, SAMPLE_HZ)
     for kbps in (1, float("nan")):
-        with pytest.raises(ValueError, match="Opus supports 6 to 256 kbps, got"):
+        with pytest.raises(ValueError, match="Opus supports 6 to 256 kbps, got|kbps must be a number"):
             opus_copy(wave, SAMPLE_HZ, kbps)
 
 
