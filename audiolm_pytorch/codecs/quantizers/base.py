@@ -118,8 +118,8 @@ class ResidualLevels(FrameQuantizer):
         """Encode frames `[b, f, d]` as codes `[b, f, q]` int64: each level selects the code nearest to its residual."""
         if not isinstance(frames, Tensor):
             raise TypeError(f"frames must be a tensor, got {described(frames)}")
-        if frames.ndim != 3 or frames.shape[-1] != self.dim or not frames.is_floating_point() or 0 in frames.shape:
-            raise ValueError(f"frames must be floats [b, f, {self.dim}] and not empty, got {described(frames)}")
+        if frames.ndim != 3 or frames.shape[-1] != self.dim or not frames.is_floating_point() or not len(frames):
+            raise ValueError(f"frames must be floats [b, f, {self.dim}] with b >= 1, got {described(frames)}")
         with torch.autocast(frames.device.type, enabled=False):
             residual = self._project(frames)
             codes = []
