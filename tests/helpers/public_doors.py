@@ -244,7 +244,8 @@ OTHER = set(
     """
     AudioLM BestRQTask ClapMuLaN CoarseTransformerTrainer CodecLossWeights CodecTask CropDataset EncodecWrapper
     FairseqVQWav2Vec FineTransformerTrainer GroupedQuantizer HubertWithKmeans KMeansTrainer LoopSettings MuLaNTrainer
-    MusicGen MusicGenTransformer SemanticTokenizerTrainer SemanticTransformerTrainer SoundStreamTrainer StageTransformer
+    MusicGen MusicGenTrainer MusicGenTransformer SemanticTokenizerTrainer SemanticTransformerTrainer SoundStreamTrainer
+    StageTransformer
     TextTokenizer TokenShards TokenTransformer TrainLoop TransformersEncoder TransformersTextEncoder WrongCodes
     collate_crops evaluate expand extract items_digest load_items load_module load_split open_encoder read_audio
     save_module write_audio write_report write_shards main
