@@ -63,7 +63,9 @@ def test_both_formats_load_to_the_same_model(folders: dict[str, Path], kind: str
 
 
 @pytest.mark.parametrize("format", ["own", "transformers", "audiocraft"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "mono" else pytest.mark.slow) for kind in KINDS]
+)
 def test_saved_models_load_bit_for_bit(folders: dict[str, Path], kind: str, format: Any, tmp_path: Path) -> None:
     """The text encoder is saved too, also beside audiocraft's files; no format reaches for the hub."""
     model = MusicGen.from_pretrained(folders[kind])
