@@ -35,7 +35,7 @@ class Mixture:
     def __post_init__(self) -> None:
         weights = [weight for _, weight in self.parts]
         if not all(isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights) > 0:
-            raise ValueError(f"a mixture needs finite weights that are not negative and not all 0, got {weights}")
+            raise ValueError(f"parts need finite weights that are not negative and not all 0, got {weights}")
 
     def __repr__(self) -> str:
         """Return all parts with their weights, for titles and messages."""

@@ -152,6 +152,7 @@ BASE: dict[str, Callable[[], dict[str, Any]]] = {
     "ConditionTensor": lambda: {"embeddings": _wave(1, 3, 8), "mask": torch.ones(1, 3, dtype=torch.bool)},
     "FiLM": lambda: {"dim": 8},
     "GenerationRequest": lambda: {"batch_size": 1, "seconds": 1.0},
+    "Mixture": lambda: {"parts": [("calm", 0.5), ("loud", 0.5)]},
     "CaptionSampler": lambda: {"captions_per_clip": 1, "aspect_prob": 0.5, "caption_dropout": 0.1, "seed": 0},
     "LayerContrast": lambda: {"layers": ((1, 1),), "weight": 1.0},
     "SigmoidContrastiveLearning": lambda: {"init_temperature": 0.1, "min_temperature": 0.01, "init_bias": -10.0},

@@ -212,7 +212,7 @@ def test_wrong_prompts_are_one_line(musiclm: MusicLM) -> None:
             musiclm(prompt, **REQUEST)
         assert "\n" not in str(caught.value)
     for weights in ([-1.0, 2.0], [0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0]):
-        with pytest.raises(ValueError, match="a mixture needs finite weights that are not negative and not all 0"):
+        with pytest.raises(ValueError, match="parts need finite weights that are not negative and not all 0"):
             Mixture([(LOW, weights[0]), (HIGH, weights[1])])
     with pytest.raises(ValueError, match="1 item per text|different numbers of items"):
         musiclm([LOW, HIGH], negative_text=[LOW, HIGH, LOW], **REQUEST, **GUIDED)
