@@ -22,6 +22,7 @@ class _WrongTypeError(TypeError):
 _beartype = beartype(
     conf=BeartypeConf(
         is_pep484_tower=True,  # whole numbers where floats are annotated
+        is_random=False,  # leaves Python's global random generator alone
         violation_param_type=_WrongTypeError,
         violation_return_type=TypeError,
         is_color=False,

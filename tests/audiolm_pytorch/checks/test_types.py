@@ -1,5 +1,6 @@
 """Type checks at run time: conversions of numbers and sequences, and messages of one line."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,3 +94,11 @@ def test_errors_of_the_function_itself_pass_unchanged() -> None:
     with pytest.raises(TypeError, match="an error of the function"):
         fails(3)
     assert calls == [3]
+
+
+def test_checks_leave_the_global_random_generator_alone() -> None:
+    """Checked sequences consume no numbers of Python's generator, which users seed."""
+    state = random.getstate()
+    for _ in range(20):
+        numbers(1, sizes=list(range(100)))
+    assert random.getstate() == state
