@@ -8,10 +8,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from audiolm_pytorch.saving.text import one_line
 
 __all__ = [
     "check_digest",
+    "check_overwrite",
     "check_version",
     "differences",
     "digest_of_file",
@@ -35,6 +37,7 @@ __all__ = [
     "save_tensors",
     "staged_files",
     "sync_to_disk",
+    "temporary_folder",
     "write_json",
     "write_weights",
 ]
@@ -42,6 +45,7 @@ __all__ = [
 # The JSON files of this library are smaller. Each container needs up to 100 bytes of memory.
 _MAX_JSON_BYTES, _MAX_JSON_CONTAINERS = 2**26, 2**21
 _SEAL = "sha256"
+_STAGE_PREFIX = ".writing-"
 # While the digest of a sealed file is computed, zeros take its place.
 _NO_DIGEST = "0" * 64
 # Any name of six characters: the digest covers its own name.
@@ -227,12 +231,62 @@ def open_weights(path: str | Path) -> Iterator[WeightsFile]:
         raise ValueError(f"{path} is not a readable safetensors file: {one_line(error)}") from error
 
 
+@typed
+def check_overwrite(main: Path, keys: Sequence[str], others: Iterable[Path] = ()) -> None:
+    """Raise a ValueError if the file `main`, or a file of `others` that is written after it, is of somebody else.
+
+    A file `main` of this library is a JSON dict with "format_version" and `keys`; then the `others` are of this library
+    too. A seal is not checked, and may have been removed.
+    """
+    taken = [path for path in others if path.exists()]
+    if main.exists():
+        try:
+            content = json.loads(main.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            content = None
+        taken = [] if isinstance(content, dict) and {"format_version", *keys} <= content.keys() else [main]
+    if taken:
+        raise ValueError(
+            f"{taken[0]} exists, and was not written by this library; move it away, or write to another folder"
+        )
+
+
+@contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new hidden folder in `folder`, which is removed at the end, as are those that killed processes left.
+
+    While a process has such a folder, it shares a lock of `folder`. Who has the lock alone removes what is left over.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _shared_lock(folder), tempfile.TemporaryDirectory(dir=folder, prefix=_STAGE_PREFIX) as name:
+        yield Path(name)
+
+
+@contextmanager
+def _shared_lock(folder: Path) -> Iterator[None]:
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows has no such locks
+        yield
+        return
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+        with suppress(OSError):  # another process is writing
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for leftover in folder.glob(f"{_STAGE_PREFIX}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def staged_files(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder; after a `with` block without errors, sync its files and move the files to `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as name:
-        stage = Path(name)
+    with temporary_folder(folder) as stage:
         try:
             yield stage
         except OSError as error:

@@ -5,7 +5,6 @@ MODEL/<part>/config.json        constructor arguments of a part
 MODEL/<part>/model.safetensors  weights of a part
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.saving.files import read_versioned, write_json
+from audiolm_pytorch.saving.files import check_overwrite, read_versioned, temporary_folder, write_json
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.saving.weights import weights_of
@@ -23,7 +22,7 @@ from audiolm_pytorch.saving.weights import weights_of
 __all__ = ["PART_FILES", "exact_dtype", "load_parts", "read_card", "write_model_folder"]
 
 _FORMAT_VERSION = 1
-PART_FILES = ("config.json", "model.safetensors")
+PART_FILES = _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 
 @typed
@@ -37,15 +36,19 @@ def write_model_folder(
 ) -> list[Path]:
     """Write a model folder and return its files; an existing model is replaced only after all files are written.
 
-    Other files in the folder do not change. `settings` are further entries of the card. Weights are stored as `dtype`
+    Other files in the folder do not change; a ValueError is raised if a file that would be replaced is not of a saved
+    model or module. `settings` are further entries of the card. Weights are stored as `dtype`
     (None keeps their types), except in a part in `exact` that would be rounded. `exact` names submodules of a part that
     may be rounded.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [card, *(f"{part}/{file}" for part in parts for file in PART_FILES)]
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as name:
-        new, old = Path(name) / "new", Path(name) / "old"
+    check_overwrite(folder / card, ("parts",))
+    for part in parts:
+        check_overwrite(folder / part / _CONFIG, ("class", "config"), [folder / part / _WEIGHTS])
+    # `_swap` moves the config of a part away after its weights, so that weights without a config are not of a model.
+    files = [card, *(f"{part}/{file}" for part in parts for file in (_WEIGHTS, _CONFIG))]
+    with temporary_folder(folder) as stage:
+        new, old = stage / "new", stage / "old"
         for part, module in parts.items():
             rounded = (exact or {}).get(part)
             stored = dtype if dtype is None or rounded is None else exact_dtype(module, dtype, but=rounded)

@@ -17,6 +17,7 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.construction import build_within
 from audiolm_pytorch.saving.files import (
     check_digest,
+    check_overwrite,
     digest_of_file,
     open_weights,
     read_json,
@@ -136,6 +137,8 @@ def save_module(
 ) -> None:
     """Write a module of a registered class as two files; other files in the folder are not changed.
 
+    A saved module in the folder is replaced; a ValueError is raised if the two files are not of a saved module.
+
     Args:
         extra: Additional JSON-able entries for `config.json`; `read_config` returns them.
         dtype: Floating type of the stored weights, such as `torch.float16` for half the size; None keeps the dtypes.
@@ -145,6 +148,7 @@ def save_module(
     reserved = [key for key in _RESERVED_KEYS if key in extra]
     if reserved:
         raise ValueError(f"entries of `extra` may not be called {reserved}, which are reserved names; rename them")
+    check_overwrite(folder / _CONFIG_FILE, ("class", "config"), [folder / _WEIGHTS_FILE])
     weights = weights_of(module)
     if dtype is not None:
         weights = {name: converted(name, tensor, dtype) for name, tensor in weights.items()}

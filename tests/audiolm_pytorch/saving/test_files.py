@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from audiolm_pytorch.saving.files import check_digest, digest_of_file, read_json, write_json
+from audiolm_pytorch.saving.files import check_digest, digest_of_file, read_json, temporary_folder, write_json
 from audiolm_pytorch.saving.modules import load_module, register, save_module
 
 
@@ -83,3 +83,28 @@ def test_digest_of_a_missing_or_changed_file(tmp_path: Path) -> None:
     flipped(path, 9_000_000)
     with pytest.raises(ValueError, match="x has changed since it was written"):
         check_digest(path, digest)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_files_of_others_are_not_overwritten(tmp_path: Path, name: str) -> None:
+    """A saved module is replaced, also one whose config was edited; files of the user are named in an error."""
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match=f"{name} exists, and was not written by this library; move it away"):
+        save_module(Twig(), tmp_path)
+    assert (tmp_path / name).read_text() == '{"mine": 1}' and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / name).unlink()
+    save_module(Twig(), tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"width": 3', '"width": 4'))
+    save_module(Twig(), tmp_path)
+    load_module(tmp_path)
+
+
+def test_folders_of_killed_saves_are_removed(tmp_path: Path) -> None:
+    """The folder of a process that still writes stays."""
+    (tmp_path / ".writing-killed").mkdir()
+    (tmp_path / ".writing-killed" / "model.safetensors").write_bytes(b"half")
+    with temporary_folder(tmp_path) as active:
+        save_module(Twig(), tmp_path)
+        assert active.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]

@@ -45,6 +45,20 @@ def test_musiclm_comes_back(musiclm, folder):
     assert torch.equal(loaded("a low tone", **REQUEST).waves, musiclm("a low tone", **REQUEST).waves)
 
 
+@pytest.mark.parametrize("name", ["musiclm.json", "codec/config.json", "codec/model.safetensors"])
+def test_files_of_others_are_not_overwritten(musiclm, tmp_path, name):
+    """A file of the user is named before anything is written; a model, or a part of one, is replaced."""
+    (tmp_path / "codec").mkdir()
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match=f"{name} exists, and was not written by this library"):
+        musiclm.save_pretrained(tmp_path)
+    assert (tmp_path / name).read_text() == '{"mine": 1}' and not (tmp_path / "semantic").exists()
+    (tmp_path / name).unlink()
+    for _ in range(2):
+        musiclm.save_pretrained(tmp_path)
+        (tmp_path / "musiclm.json").unlink()  # as after a save that was killed
+
+
 def test_audiolm_comes_back(tmp_path):
     """An AudioLM without fine stage and conditioner keeps only the parts that it has."""
     whole = small_audiolm()
