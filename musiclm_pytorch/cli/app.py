@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from audiolm_pytorch.saving.text import printable
 from musiclm_pytorch.cli.checks import OneLineFormatter, one_line
 
 __all__ = ["main"]
@@ -46,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[:2] == ["train", "kmeans"]:  # `train` expects a step there, and kmeans has other options
             from musiclm_pytorch.cli.kmeans import TrainKmeans
 
-            command: Any = tyro.cli(TrainKmeans, prog="musiclm train kmeans", args=words[2:])
+            command = _parsed(TrainKmeans, words[2:], prog="musiclm train kmeans")
         elif words and words[0] in _COMMANDS:  # the modules of the other commands are not imported
             class_, about = _command(words[0])
-            command = tyro.cli(class_, prog=f"musiclm {words[0]}", description=about, args=words[1:])
+            command = _parsed(class_, words[1:], prog=f"musiclm {words[0]}", description=about)
         else:
             subcommands: list[Any] = []
             for name in _COMMANDS:
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 subcommands.append(Annotated[class_, tyro.conf.subcommand(name, description=about)])
             about = "Generate music from text, and train, convert and evaluate the models for it."
             commands: Any = reduce(or_, subcommands)
-            command = tyro.cli(commands, prog="musiclm", description=about, args=words)
+            command = _parsed(commands, words, prog="musiclm", description=about)
         from audiolm_pytorch.training.stopping import stop_signals
 
         with stop_signals(at_once=True):
@@ -74,8 +75,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         reason = str(interrupt) or "interrupted"
-        print(f"musiclm: {reason}; run the same command again, and training continues", file=sys.stderr)
+        hint = "; run the same command again, and training continues" if words[:1] == ["train"] else ""
+        print(f"musiclm: {reason}{hint}", file=sys.stderr)
         return 130
+
+
+def _parsed(class_: Any, words: Sequence[str], **options: Any) -> Any:
+    """Parse the words of a command; the help text, or what is wrong, is printed without control characters."""
+    try:
+        return tyro.cli(class_, args=words, console_outputs=False, **options)
+    except SystemExit:
+        return tyro.cli(class_, args=[printable(word) for word in words], **options)
 
 
 def _discard_unwritten_output() -> None:

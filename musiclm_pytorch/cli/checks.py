@@ -1,7 +1,7 @@
 """Options that several commands have, and checks of command-line arguments."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,21 @@ from audiolm_pytorch.saving.text import printable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ModelOptions", "OneLineFormatter", "check_file", "check_folder", "device_named", "one_line"]
+__all__ = [
+    "ModelOptions",
+    "OneLineFormatter",
+    "check_apart",
+    "check_at_least",
+    "check_file",
+    "check_folder",
+    "check_needs",
+    "check_seconds",
+    "device_named",
+    "one_line",
+]
+
+_MAX_SECONDS = 3600
+_MAX_NUMBER = 2**32  # limit of the seeds of scikit-learn
 
 
 def one_line(text: str) -> str:
@@ -72,3 +86,36 @@ def check_folder(path: Path) -> None:
     existing = next((place for place in (path, *path.parents) if place.exists()), None)
     if existing is not None and not existing.is_dir():
         raise ValueError(f"cannot write to {path}: {existing} is a file; name another folder")
+
+
+def check_apart(output: Path, inputs: Sequence[Path | None]) -> None:
+    """Check that no input (None = not given) is the file or folder `output`, or in this folder."""
+    for path in inputs:
+        if path is not None and output.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"{path} is read, and would be overwritten by {output}; name another --out")
+
+
+def check_at_least(command: object, **minima: int) -> None:
+    """Check that options with these names (None = not given) have at least these values, and less than 2**32."""
+    for name, minimum in minima.items():
+        value = getattr(command, name)
+        if value is not None and not minimum <= value < _MAX_NUMBER:
+            bound = f"at least {minimum}" if value < minimum else f"below {_MAX_NUMBER}"
+            raise ValueError(f"{_option(name)} must be {bound}, got {value}")
+
+
+def check_needs(command: object, needs: Mapping[str, str]) -> None:
+    """Check that each of these options, if it is given, has the option with which alone it is used."""
+    for name, needed in needs.items():
+        if getattr(command, name) not in (None, False, ()) and getattr(command, needed) in (None, False, ()):
+            raise ValueError(f"{_option(name)} needs {_option(needed)}; add it, or leave out {_option(name)}")
+
+
+def check_seconds(seconds: float | None) -> None:
+    """Check the value of --seconds (None = not given)."""
+    if seconds is not None and not 0 < seconds <= _MAX_SECONDS:
+        raise ValueError(f"--seconds must be above 0 and at most {_MAX_SECONDS}, got {seconds:g}")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -5,21 +5,31 @@ import sys
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
-from musiclm_pytorch.cli.checks import ModelOptions, check_folder, device_named
+from audiolm_pytorch.saving.text import printable
+from musiclm_pytorch.cli.checks import (
+    ModelOptions,
+    check_at_least,
+    check_folder,
+    check_needs,
+    check_seconds,
+    device_named,
+)
 
 __all__ = ["EvaluateCommand", "EvaluateMuLaN", "EvaluateMusic", "EvaluateSemantic"]
 
 _REPORT_FILE = "metrics.json"
-_PLOT_FILE = "similarities.png"
-_MUSIC_PLOT_FILE = "metrics.png"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Evaluation(ModelOptions, ABC):
+    plot_file: ClassVar[str] = ""
+
+    out: Path
+    """Folder for metrics.json and metrics.md."""
     seed: int = 0
     """Seed of the choice of clips, and of k-means."""
     device: str = "auto"
@@ -27,8 +37,15 @@ class _Evaluation(ModelOptions, ABC):
 
     def execute(self) -> int:
         """Check the seed, evaluate the model and return the exit status 0."""
-        if self.seed < 0:
-            raise ValueError(f"--seed must be at least 0, got {self.seed}")
+        from audiolm_pytorch.saving.files import check_overwrite
+
+        check_at_least(self, seed=0)
+        check_folder(self.out)
+        check_overwrite(
+            self.out / _REPORT_FILE,
+            ("settings", "metrics"),
+            [self.out / name for name in (Path(_REPORT_FILE).with_suffix(".md").name, self.plot_file) if name],
+        )
         self.evaluate()
         return 0
 
@@ -48,8 +65,6 @@ class EvaluateSemantic(_Evaluation):
     """Folder with train.jsonl and valid.jsonl, or one manifest, of which some clips are then held out."""
     labels: tuple[str, ...]
     """Fields of the manifest: a value per clip, or a list of events [start_seconds, end_seconds, name]."""
-    out: Path
-    """Folder for metrics.json and metrics.md."""
     layers: tuple[int, ...] = ()
     """Layers of the encoder; 0 is the input of the first layer. All if not given."""
     clusters: tuple[int, ...] = ()
@@ -69,6 +84,8 @@ class EvaluateMuLaN(_Evaluation):
     The metrics are retrieval in both directions, zero-shot tagging with the labels of the manifest, and whether the
     best clip for a caption has the right labels. Plots of clip-caption similarity need matplotlib (extra [plot]).
     """
+
+    plot_file = "similarities.png"
 
     model: str
     """Bundled one (tiny); folder of a MuLaN, of a model, or of a run; or CLAP: a folder or hub id, e.g.
@@ -97,6 +114,8 @@ class EvaluateMusic(_Evaluation):
     value has a bootstrap interval; real clips, or two halves of them, show the best value that can be expected.
     """
 
+    plot_file = "metrics.png"
+
     out: Path
     """Folder for metrics.json, metrics.md, and new clips."""
     generated: tuple[Path, ...] = ()
@@ -116,8 +135,8 @@ class EvaluateMusic(_Evaluation):
     """Model that generates clips from --captions: a bundled one (tiny), or a folder."""
     captions: Path | None = None
     """Manifest or MusicCaps table with captions; by default the captions of the real clips."""
-    num_samples: int = 4
-    """Candidates per caption; MuLan selects the best one."""
+    num_samples: int | None = None
+    """Candidates of --model per caption (default 4); MuLan selects the best one."""
     codec: str | None = None
     """Also measure copies of the real clips by this codec: a bundled one (codec_16khz), a folder or a hub id."""
     seconds: float | None = None
@@ -126,8 +145,8 @@ class EvaluateMusic(_Evaluation):
     """MuLan of the metrics: a bundled one, or a folder."""
     clap: str | None = None
     """CLAP of the metrics: a folder or hub id in transformers' format, e.g. laion/larger_clap_music."""
-    tokenizer: str = "semantic_16khz"
-    """Semantic tokenizer for memorisation."""
+    tokenizer: str | None = None
+    """Semantic tokenizer for memorisation of --training (default semantic_16khz)."""
     metrics: tuple[str, ...] = ()
     """Compute only metrics whose name contains one of these texts, e.g. beat musicnn."""
     limit: int | None = None
@@ -171,7 +190,6 @@ def _evaluate_semantic(command: EvaluateSemantic) -> None:
             "need one or more --labels, and at least 2 for --limit and for each of --clusters; "
             f"got --labels {command.labels}, --limit {command.limit}, --clusters {command.clusters}"
         )
-    check_folder(command.out)
     encoder, tokenizer = _open_encoder(command)
     layers = command.layers or tuple(range(0 if encoder is None else encoder.depth + 1))
     depth = -1 if encoder is None else encoder.depth
@@ -218,8 +236,8 @@ def _evaluate_mulan(command: EvaluateMuLaN) -> None:
     from musiclm_pytorch.mulan import evaluation
     from musiclm_pytorch.mulan.joint import JointEmbedding
 
+    check_at_least(command, limit=1)
     require_matplotlib()
-    check_folder(command.out)
     mulan = JointEmbedding.from_pretrained(**command.source_of(command.model), device=device_named(command.device))
     items = evaluation.held_out_items(command.data, command.limit, command.seed)
     labels = list(tag_labels(items))
@@ -239,8 +257,8 @@ def _evaluate_mulan(command: EvaluateMuLaN) -> None:
     }
     cosines, text_classes, clip_classes = evaluation.ordered_similarities(clips, command.label)
     title = f"{command.model} on {command.data}"
-    plot_similarities(cosines, text_classes, clip_classes, command.out / _PLOT_FILE, title)
     _report(command.out, f"Joint embedding {title}", settings, metrics, markdown_table(metrics))
+    plot_similarities(cosines, text_classes, clip_classes, command.out / command.plot_file, title)
 
 
 def _evaluate_music(command: EvaluateMusic) -> None:
@@ -248,20 +266,23 @@ def _evaluate_music(command: EvaluateMusic) -> None:
     from musiclm_pytorch.evaluation.music import comparison_table
     from musiclm_pytorch.evaluation.plots import plot_metrics, require_matplotlib
 
+    check_at_least(command, limit=1, num_samples=1)
+    check_seconds(command.seconds)
+    check_needs(command, {"musiccaps": "real", "codec": "real", "tokenizer": "training"})
+    check_needs(command, {"captions": "model", "num_samples": "model"})
     require_matplotlib()
-    check_folder(command.out)
     values, settings = measured_sets(command, device_named(command.device), _announce)
-    plot_metrics(values, command.out / _MUSIC_PLOT_FILE)
     settings = {"command": _command_line("music", command), **settings}
     _report(command.out, "Generated music", settings, values, comparison_table(values))
+    plot_metrics(values, command.out / command.plot_file)
 
 
 def _report(out: Path, title: str, settings: dict[str, Any], metrics: list[Any], table: str) -> None:
     """Write a report of the metrics as .json and .md files, and print the text of the .md file."""
     from musiclm_pytorch.evaluation.report import write_report
 
-    lines = [f"- {name}: {value}\n" for name, value in settings.items()]
-    text = f"# {title}\n\n{''.join(lines)}\n{table}"
+    lines = [f"- {name}: {printable(value)}\n" for name, value in settings.items()]
+    text = f"# {printable(title)}\n\n{''.join(lines)}\n{table}"
     path = out / _REPORT_FILE
     write_report(path, metrics, settings, text)
-    sys.stdout.write(f"{text}\nwrote {path} and {path.with_suffix('.md')}\n")
+    sys.stdout.write(f"{text}\nwrote {printable(path)} and {printable(path.with_suffix('.md'))}\n")

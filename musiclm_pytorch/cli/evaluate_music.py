@@ -1,9 +1,12 @@
 """The sets of clips and the models of `musiclm evaluate music`."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from musiclm_pytorch.cli.checks import check_apart
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Prompt", "generate_clips", "load_real", "measured_sets", "prompts_of", "read_prompts", "write_codec_copies"]
 
-_MANIFEST = "manifest.jsonl"
-_SECONDS = 5.0
+_MANIFEST, _CODEC_COPIES, _GENERATED = "manifest.jsonl", "codec_copies", "generated"
+_CLIP_NAME = re.compile(r"\d{5}\.flac")
+_SECONDS, _NUM_SAMPLES, _TOKENIZER = 5.0, 4, "semantic_16khz"
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,10 @@ def generate_clips(
 
     prompts_per_batch = max(max_batch // num_samples, 1)
     entries = []
+    for number, prompt in enumerate(prompts):
+        known = {} if prompt.reference is None else {"reference": prompt.reference}
+        entries.append(ItemEntry(folder / f"{number:05d}.flac", prompt.caption, {**prompt.labels, **known}))
+    manifest = _write_manifest(folder, entries)
     for first in range(0, len(prompts), prompts_per_batch):
         part = prompts[first : first + prompts_per_batch]
         announce(f"generating clip {first + 1} of {len(prompts)}")
@@ -99,13 +107,10 @@ def generate_clips(
             max_batch=max_batch,
         )
         for number, (prompt, wave) in enumerate(zip(part, waves), start=first):
-            name = f"{number:05d}.flac"
             if not wave.isfinite().all():
                 raise RuntimeError(f"the model generated NaN samples for {prompt.caption!r}; train it longer")
-            write_audio(folder / name, wave.cpu(), musiclm.sample_hz)
-            known = {} if prompt.reference is None else {"reference": prompt.reference}
-            entries.append(ItemEntry(folder / name, prompt.caption, {**prompt.labels, **known}))
-    return _write_manifest(folder, entries)
+            write_audio(entries[number].path, wave.cpu(), musiclm.sample_hz)
+    return manifest
 
 
 def write_codec_copies(codec: "Codec", items: "Sequence[AudioItem]", folder: Path, seconds: float | None) -> Path:
@@ -118,14 +123,16 @@ def write_codec_copies(codec: "Codec", items: "Sequence[AudioItem]", folder: Pat
 
     entries = []
     for number, item in enumerate(items):
+        labels = {**item.labels, "reference": item.path.name}
+        entries.append(ItemEntry(folder / f"{number:05d}.flac", item.caption, labels))
+    manifest = _write_manifest(folder, entries)
+    for item, entry in zip(items, entries):
         wave, _ = read_audio(item.path, codec.target_sample_hz, codec.channels, duration_seconds=seconds)
         with torch.no_grad():
             codes, scales = codec.encode(wave[None].to(device_of(codec)))
             copy = codec.decode(codes, scales, wave.shape[-1])[0].float().cpu()
-        name = f"{number:05d}.flac"
-        write_audio(folder / name, peak_safe(copy), codec.target_sample_hz)
-        entries.append(ItemEntry(folder / name, item.caption, {**item.labels, "reference": item.path.name}))
-    return _write_manifest(folder, entries)
+        write_audio(entry.path, peak_safe(copy), codec.target_sample_hz)
+    return manifest
 
 
 def _write_manifest(folder: Path, entries: "Sequence[ItemEntry]") -> Path:
@@ -144,8 +151,7 @@ def measured_sets(
     """Generate or load all sets of clips and measure them; return the values, and facts for the report."""
     from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, evaluate, extract, pair_with
 
-    if command.musiccaps is not None and command.real is None:
-        raise ValueError("--musiccaps needs --real, the folder of its clips")
+    _check_clip_folders(command)
     real = None if command.real is None else load_real(command.real, command.musiccaps, command.limit, command.seed)
     metrics = _metrics(command, device)
     sources = _generated_sources(command, real, device, announce)
@@ -168,6 +174,21 @@ def measured_sets(
     return values, {"clips": counts, "left_out": left_out}
 
 
+def _check_clip_folders(command: "EvaluateMusic") -> None:
+    """Check that the folders of new clips have no files of others, and none that the command reads."""
+    used = {_CODEC_COPIES: command.codec is not None, _GENERATED: command.model is not None}
+    for folder in (command.out / name for name, is_used in used.items() if is_used):
+        check_apart(folder, [command.real, command.training, command.labelled, command.captions, *command.generated])
+        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        # The manifest is written first.
+        strange = [name for name in sorted(names - {_MANIFEST}) if not _CLIP_NAME.fullmatch(name)]
+        others = strange if _MANIFEST in names else sorted(names)
+        if others:
+            raise ValueError(
+                f"{folder / others[0]} was not written by this command; move it away, or name another --out"
+            )
+
+
 def _generated_sources(
     command: "EvaluateMusic",
     real: "list[AudioItem] | None",
@@ -179,11 +200,9 @@ def _generated_sources(
     from musiclm_pytorch.musiclm import MusicLM
 
     sources: dict[str, list[AudioItem]] = {}
-    if command.codec is not None:
-        if real is None:
-            raise ValueError("--codec copies real clips and needs --real")
+    if command.codec is not None and real is not None:
         codec = Codec.from_pretrained(**command.source_of(command.codec), device=device)
-        manifest = write_codec_copies(codec, real, command.out / "codec_copies", command.seconds)
+        manifest = write_codec_copies(codec, real, command.out / _CODEC_COPIES, command.seconds)
         sources["codec copies"] = _load_clips(manifest, None)
     for path in command.generated:
         name = path.parent.name if path.name == _MANIFEST else path.stem
@@ -195,16 +214,17 @@ def _generated_sources(
             prompts = prompts_of(real)
         else:
             raise ValueError("--model needs --captions, or --real clips with captions")
+        num_samples = command.num_samples or _NUM_SAMPLES
         manifest = generate_clips(
             MusicLM.from_pretrained(**command.source_of(command.model), device=device),
             prompts,
-            command.out / "generated",
+            command.out / _GENERATED,
             command.seconds or _SECONDS,
-            command.num_samples,
+            num_samples,
             command.seed,
             announce=announce,
         )
-        sources[f"{Path(command.model).name}, best of {command.num_samples}"] = _load_clips(manifest, None)
+        sources[f"{Path(command.model).name}, best of {num_samples}"] = _load_clips(manifest, None)
     if not sources and real is None:
         raise ValueError("nothing to measure; pass --generated, --model with --captions, or --real")
     return sources
@@ -235,7 +255,9 @@ def _metrics(command: "EvaluateMusic", device: "torch.device") -> "list[Metric]"
     ]
     tokens = None
     if command.training is not None:
-        tokenizer = SemanticTokenizer.from_pretrained(**command.source_of(command.tokenizer), device=device)
+        tokenizer = SemanticTokenizer.from_pretrained(
+            **command.source_of(command.tokenizer or _TOKENIZER), device=device
+        )
         tokens = SemanticTokens(tokenizer)
     fitted = None
     if command.labelled is not None or command.classifier is not None:

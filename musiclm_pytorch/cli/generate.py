@@ -1,9 +1,11 @@
 """`musiclm generate`: music from a text."""
 
 import json
+import os
 import struct
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -12,7 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from audiolm_pytorch.saving.text import printable
-from musiclm_pytorch.cli.checks import ModelOptions, check_file, device_named
+from musiclm_pytorch.cli.checks import (
+    ModelOptions,
+    check_apart,
+    check_at_least,
+    check_file,
+    check_needs,
+    check_seconds,
+    device_named,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,13 +30,15 @@ if TYPE_CHECKING:
     from musiclm_pytorch.musicgen.musicgen import GeneratedMusic, MusicGen
     from musiclm_pytorch.musiclm import MusicChunk, MusicLM
 
+    _Chunk = MusicChunk | GeneratedMusic
+
 __all__ = ["Generate"]
 
 _AUDIO_SUFFIXES = (".wav", ".flac", ".ogg")
 _STREAM_SUFFIXES = (".wav", ".raw")
 _STANDARD_OUTPUT = Path("-")
 _UNKNOWN_SIZE = 0xFFFFFFFF
-_MAX_SECONDS, _LAST_SECONDS = 3600, 5.0
+_NUM_SAMPLES, _RANK_SECONDS, _LAST_SECONDS = 4, 3.0, 5.0
 _MAX_COMMENT_LETTERS = 400
 
 
@@ -51,8 +63,8 @@ class Generate(ModelOptions):
     facebook/musicgen-small, generate one piece without ranking."""
     seconds: float | None = None
     """Length in seconds, rounded up to whole frames. By default 5, or with --story 5 after the last start."""
-    num_samples: int = 4
-    """Number of candidates."""
+    num_samples: int | None = None
+    """Number of candidates of a MusicLM; default: 4."""
     seed: int = 0
     """Candidate i is sampled with seed + i. The same command generates the same music."""
     device: str = "auto"
@@ -67,8 +79,8 @@ class Generate(ModelOptions):
     stream: bool = False
     """Write 16-bit samples while the music is generated. MuLaN then ranks about the first --rank-seconds of each
     candidate, and only the best candidate is continued; samples outside -1..1 are clipped."""
-    rank_seconds: float = 3.0
-    """With --stream: length of the first part that is ranked. --num-samples 1 starts without ranking."""
+    rank_seconds: float | None = None
+    """With --stream: length of the first part that is ranked; default: 3. --num-samples 1 starts without ranking."""
     raw: bool = False
     """With --stream: write no WAV header, only little-endian samples. A file that ends in .raw never has a header."""
     plot: Path | None = None
@@ -99,10 +111,10 @@ class Generate(ModelOptions):
 
     def _generate_musicgen(self, musicgen: "MusicGen") -> None:
         """Write the music of a MusicGen to a file, or chunk by chunk."""
-        if self.mix or any(option is not None for option in (self.story, self.negative, self.guidance_scale)):
-            raise ValueError(
-                f"--story, --mix, --negative and --guidance-scale need a MusicLM, {self.model} is a MusicGen"
-            )
+        names = ("story", "mix", "negative", "guidance_scale", "num_samples", "rank_seconds")
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, ())]
+        if given:
+            raise ValueError(f"{' and '.join(given)} need a MusicLM, {self.model} is a MusicGen; leave out {given[0]}")
         request: dict[str, Any] = {
             "texts": self.text,
             "seconds": self._seconds,
@@ -147,7 +159,7 @@ class Generate(ModelOptions):
         return {
             "text": story,
             "negative_text": self.negative,
-            "num_samples": self.num_samples,
+            "num_samples": self.num_samples or _NUM_SAMPLES,
             "seconds": self._seconds,
             "seed": self.seed,
             "prime_wave": self.continue_from,
@@ -156,21 +168,35 @@ class Generate(ModelOptions):
 
     def _stream(self, musiclm: "MusicLM") -> None:
         """Write the music chunk by chunk, and print the scores of the candidates after the first chunk."""
-        chunks = musiclm.stream(**self._request(), rank_seconds=self.rank_seconds)
+        chunks = musiclm.stream(**self._request(), rank_seconds=self.rank_seconds or _RANK_SECONDS)
         first = next(chunks)
         if first.scores is not None:
             self._report(first.scores[0].tolist(), first.seeds[0] - self.seed)
         self._write_chunks(chain([first], chunks))
 
-    def _write_chunks(self, chunks: "Iterator[MusicChunk | GeneratedMusic]") -> None:
-        """Write the first wave of every chunk as soon as the chunk is generated."""
+    def _write_chunks(self, chunks: "Iterator[_Chunk]") -> None:
+        """Write the first wave of every chunk as soon as the chunk is generated; an older file stays until the end."""
         first = next(chunks)  # before the file is created
+        if not self.out.is_file():
+            self._write_samples(first, chunks, self.out)
+        else:
+            out = self.out.resolve()
+            partial = out.with_name(f".{out.stem}.{os.getpid()}.partial{out.suffix}")
+            try:
+                self._write_samples(first, chunks, partial)
+                partial.replace(out)
+            finally:
+                partial.unlink(missing_ok=True)
+        self._print(f"wrote {'standard output' if self.out == _STANDARD_OUTPUT else self.out}")
+
+    def _write_samples(self, first: "_Chunk", chunks: "Iterator[_Chunk]", path: Path) -> None:
+        """Write a header and the samples of all chunks."""
         channels = len(first.waves[0]) if first.waves[0].ndim == 2 else 1
         has_header = not self.raw and self.out.suffix.lower() != ".raw"
-        to_file = self.out != _STANDARD_OUTPUT
+        to_file = path != _STANDARD_OUTPUT
         if to_file:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.out if to_file else sys.stdout.fileno(), "wb", closefd=to_file) as file:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with self._disk_errors(), open(path if to_file else sys.stdout.fileno(), "wb", closefd=to_file) as file:
             if has_header:
                 file.write(_wav_header(first.sample_hz, channels, None))
             num_bytes = 0
@@ -184,7 +210,16 @@ class Generate(ModelOptions):
             if has_header and to_file and file.seekable():
                 file.seek(0)
                 file.write(_wav_header(first.sample_hz, channels, num_bytes))
-        self._print(f"wrote {self.out if to_file else 'standard output'}")
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Name the file in errors such as "No space left on device"."""
+        try:
+            yield
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            raise OSError(error.errno, f"cannot write to {self.out}: {error.strerror}") from error
 
     @property
     def _starts(self) -> list[tuple[float, str]]:
@@ -211,7 +246,8 @@ class Generate(ModelOptions):
     def _comment(self, best: int) -> str:
         """Return the request as JSON for the comment field of the file; `--num-samples 1` with `seed` repeats it."""
         request = {"seed": self.seed + best, "seconds": self._seconds, "model": Path(self.model).name}
-        return json.dumps({**request, "text": self._title[:_MAX_COMMENT_LETTERS]}, ensure_ascii=False)
+        # A file name that is not UTF-8 has letters that cannot be stored; `printable` escapes them, as JSON does.
+        return printable(json.dumps({**request, "text": self._title[:_MAX_COMMENT_LETTERS]}, ensure_ascii=False))
 
     def _print(self, message: str) -> None:
         print(printable(message), file=sys.stderr if self.out == _STANDARD_OUTPUT else sys.stdout)
@@ -257,22 +293,25 @@ def _check(command: Generate) -> None:
         _read_story(command.story)
     elif not command.text.strip():
         raise ValueError('the text is empty; describe the music, e.g. "a slow waltz on the cello"')
-    if command.num_samples < 1:
-        raise ValueError(f"--num-samples must be at least 1, got {command.num_samples}")
-    if command.seconds is not None and not 0 < command.seconds <= _MAX_SECONDS:
-        raise ValueError(f"--seconds must be above 0 and at most {_MAX_SECONDS}, got {command.seconds:g}")
-    if command.seed < 0:
-        raise ValueError(f"--seed must not be negative, got {command.seed}")
-    if not command.rank_seconds > 0:
+    mixed = [part for _, part in command.mix]
+    for text in (command.text, command.negative or "", *(part for part in mixed if not Path(part).is_file())):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"the text {text!r:.60} is not UTF-8; type it in a terminal that uses UTF-8")
+    check_at_least(command, num_samples=1, seed=0)
+    check_seconds(command.seconds)
+    check_needs(command, {"rank_seconds": "stream", "raw": "stream"})
+    if command.rank_seconds is not None and not command.rank_seconds > 0:
         raise ValueError(f"--rank-seconds must be above 0, got {command.rank_seconds:g}")
     if command.stream and command.plot is not None:
         raise ValueError("--plot needs the whole music and cannot be used with --stream")
-    if not command.stream and (command.raw or command.out == _STANDARD_OUTPUT):
-        raise ValueError(f"{'--raw' if command.raw else '--out -'} needs --stream")
+    if not command.stream and command.out == _STANDARD_OUTPUT:
+        raise ValueError("--out - needs --stream")
     if command.out != _STANDARD_OUTPUT:
         check_file(command.out, _STREAM_SUFFIXES if command.stream else _AUDIO_SUFFIXES)
     elif sys.stdout is None or sys.stdout.isatty():
         raise ValueError("standard output is a terminal or closed; pipe the samples into a player, or name a file")
+    inputs = [command.continue_from, command.melody, command.story, *map(Path, mixed)]
+    check_apart(command.out, inputs)
     if command.plot is not None:
         from musiclm_pytorch.evaluation.plots import PICTURE_SUFFIXES, require_matplotlib
 

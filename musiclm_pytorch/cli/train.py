@@ -45,7 +45,7 @@ class Train(ModelOptions):
     dry_run: bool = False
     """Print parameters, tokens, disk space and estimated time. Nothing is written."""
     dry_run_device: str | None = None
-    """GPU for which --dry-run estimates the time, such as a100, instead of a measurement on this machine."""
+    """Like --dry-run, with the estimated time on this GPU, such as a100, instead of a measurement on this machine."""
 
     def execute(self) -> int:
         """Run the selected steps and print a line for each step."""
@@ -59,7 +59,7 @@ class Train(ModelOptions):
         parts = _pretrained_parts(self)
         folders: dict[str, Any] = {"data": self.data, "out": self.out}
         pipeline = Pipeline(preset, **folders, seed=self.seed, pretrained=parts, allow_changed=self.allow_changed)
-        if self.dry_run:
+        if self.dry_run or self.dry_run_device is not None:
             from musiclm_pytorch.pipeline.estimate import estimate
 
             print(estimate(pipeline, self.step, self.dry_run_device))

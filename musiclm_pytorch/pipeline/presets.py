@@ -1,6 +1,5 @@
 """Presets: the sizes of all modules of a MusicLM, and the settings of their training."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +18,7 @@ __all__ = [
 ]
 
 _MIN_STEPS = 10
+_MAX_SCALE = 1e6
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,10 @@ class Preset:
     @typed
     def scaled(self, scale: float) -> "Preset":
         """Copy the preset and multiply every number of training steps by `scale`; each result is at least 10 steps."""
-        if not 0 < scale < math.inf:
-            raise ValueError(f"scale must be positive, got {scale}; use 1 for the full number of steps")
+        if not 0 < scale <= _MAX_SCALE:
+            raise ValueError(
+                f"scale must be positive and at most {_MAX_SCALE:g}, got {scale}; use 1 for the full number of steps"
+            )
         if scale == 1:
             return self
         parts = {}

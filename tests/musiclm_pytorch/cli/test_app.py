@@ -239,7 +239,7 @@ no codec command | codec | Expected one of .*encode, decode, evaluate
 unknown codec command | codec play TONE | play.*Available subcommands: encode, decode, evaluate
 no codec input | codec encode --out TMP/a.safetensors | INPUT
 no codec output | codec encode TONE | --out PATH
-semantic without options | evaluate semantic | --encoder.*--out
+semantic without options | evaluate semantic | --out.*--encoder
 """
 
 
@@ -290,7 +290,13 @@ negative seconds | generate x --seconds -1 --out TMP/x.wav | --seconds must be a
 seconds nan | generate x --seconds nan --out TMP/x.wav | --seconds must be above 0 .*nan
 seconds inf | generate x --seconds inf --out TMP/x.wav | --seconds must be above 0 and at most 3600, got inf
 no samples | generate x --num-samples 0 --out TMP/x.wav | --num-samples must be at least 1, got 0
-seed below 0 | generate x --seed -3 --out TMP/x.wav | --seed must not be negative
+huge scale | train all --scale 1e308 --data DATA --out TMP/out | scale must be positive and at most 1e.06
+no dry-run device | train codec --dry-run-device nogpu --data DATA --out TMP/out | nogpu
+huge seed | train kmeans --encoder x --layer 1 --seed 4294967296 --data DATA --out TMP/out | --seed must be below
+prompt as output | generate x --continue-from DATA/00.wav --out DATA/00.wav | 00.wav is read, and would be overwritten
+melody as output | generate x --melody DATA/00.wav --out DATA/00.wav | 00.wav is read, and would be overwritten
+rank without stream | generate x --rank-seconds 2 --out TMP/x.wav | --rank-seconds needs --stream; add it, or leave
+seed below 0 | generate x --seed -3 --out TMP/x.wav | --seed must be at least 0, got -3
 nothing to continue | generate x --model RUN/model --continue-from TMP/none.wav --out TMP/x.wav | TMP/none.wav
 no audio to continue | generate x --model RUN/model --continue-from JUNK/noise.wav --out TMP/x.wav | noise.wav
 longer than requested | generate x --model RUN/model --seconds 0.1 --continue-from DATA/00.wav --out TMP/x.wav |
@@ -351,7 +357,21 @@ def test_help_and_interruption(musiclm_command, monkeypatch, capsys):
 
     monkeypatch.setattr(generate_command.Generate, "execute", interrupted)
     assert musiclm_command("generate", "x") == 130
-    assert "same command" in capsys.readouterr().err
+    assert capsys.readouterr().err == "musiclm: interrupted\n"
+    monkeypatch.setattr(train_command.Train, "execute", interrupted)
+    assert musiclm_command("train", "all", "--data", "x", "--out", "y") == 130
+    assert "same command again, and training continues" in capsys.readouterr().err
+
+
+def test_words_that_cannot_be_printed(musiclm_command, tmp_path, capfd):
+    """ESC in unknown options and commands is escaped, and texts must be UTF-8, before a model is loaded."""
+    for words in (["generate", "x", "--bad\x1b[31m"], ["gen\x1b[31m"]):
+        assert musiclm_command(*words) == 2
+        error = capfd.readouterr().err
+        assert r"\x1b[31m" in error and "\x1b[31m" not in error
+    for words in (["caf\udce9"], ["x", "--negative", "caf\udce9"], ["x", "--mix", "1", "caf\udce9"]):
+        assert musiclm_command("generate", *words, "--model", "none", "--out", tmp_path / "x.wav") == 2
+        assert r"the text 'caf\udce9' is not UTF-8" in capfd.readouterr().err
 
 
 def test_nan_samples_are_not_written(musiclm_command, model, tmp_path, monkeypatch, capsys):

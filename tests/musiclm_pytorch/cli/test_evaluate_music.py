@@ -9,6 +9,7 @@ from audiolm_pytorch.audio.files import write_audio
 from musiclm_pytorch.cli import evaluate_music
 from musiclm_pytorch.cli.evaluate_music import generate_clips, read_prompts
 from musiclm_pytorch.musiclm import MusicLM
+from tests.helpers.bad_input import listing
 
 SAMPLE_HZ = 16_000
 CAPTIONS = ("slow cello", "fast flute", "slow flute", "fast violin", "a calm piano", "choir with guitars")
@@ -125,6 +126,30 @@ def test_musiccaps(tmp_path):
         write_audio(tmp_path / "clips" / f"abcdefghij{letter}-0.wav", torch.zeros(3 * SAMPLE_HZ), SAMPLE_HZ)
     items = evaluate_music.load_real(tmp_path / "clips", table, None, 0)
     assert [item.caption for item in items] == ["a calm song k", "a calm song l"]
+
+
+def test_options_and_folders_are_checked_before_the_work(musiclm_command, tmp_path, capsys):
+    """Wrong numbers, options without use, and files of the user, which stay as they are."""
+    real = written_clips(tmp_path / "real").parent
+    for name in ("report/metrics.json", "plot/metrics.png", "copies/codec_copies/00000.flac"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    inside = written_clips(tmp_path / "inside" / "codec_copies").parent
+    before = listing(tmp_path)
+    for out, options, message in (
+        ("out", ["--num-samples", 0, "--model", "tiny"], "--num-samples must be at least 1, got 0"),
+        ("out", ["--limit", -1], "--limit must be at least 1, got -1"),
+        ("out", ["--seconds", "inf"], "--seconds must be above 0 and at most 3600, got inf"),
+        ("out", ["--captions", "none.jsonl"], "--captions needs --model; add it, or leave out --captions"),
+        ("report", [], "metrics.json exists, and was not written by this library"),
+        ("plot", [], "metrics.png exists, and was not written by this library"),
+        ("copies", ["--codec", "codec_16khz"], "00000.flac was not written by this command"),
+        ("inside", ["--codec", "codec_16khz", "--generated", inside], "codec_copies is read, and would be overwritten"),
+    ):
+        words = ("evaluate", "music", "--real", real, *options, "--metrics", "beat", "--out", tmp_path / out)
+        assert musiclm_command(*words) == 2
+        assert message in capsys.readouterr().err
+    assert listing(tmp_path) == before
 
 
 @pytest.mark.slow

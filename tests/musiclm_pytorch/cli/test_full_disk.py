@@ -30,12 +30,19 @@ def test_generate(
 def test_stream(
     musiclm_command: Callable[..., int], micro_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """A stream ends with an error where the disk is full; what was written before stays."""
+    """A stream ends with an error where the disk is full; what was written before stays, also an older file."""
     words = ("generate", "a low tone", "--model", micro_run / "model", *SHORT, "--stream", "--out", tmp_path / "a.wav")
     with full_disk(2000):
         assert musiclm_command(*words) == 2
     errors = capsys.readouterr().err
-    assert errors.startswith("musiclm: ") and errors.count("\n") == 1 and "File too large" in errors
+    assert errors.startswith("musiclm: ") and errors.count("\n") == 1
+    assert f"cannot write to {tmp_path / 'a.wav'}: File too large" in errors
+    (tmp_path / "a.wav").write_bytes(b"older")
+    with full_disk(2000):
+        assert musiclm_command(*words) == 2
+    assert (tmp_path / "a.wav").read_bytes() == b"older" and len(list(tmp_path.iterdir())) == 1
+    assert musiclm_command(*words) == 0
+    assert (tmp_path / "a.wav").read_bytes()[:4] == b"RIFF" and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("word", ["encode", "decode"])
