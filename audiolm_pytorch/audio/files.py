@@ -15,7 +15,7 @@ from audiolm_pytorch.audio.stream import (
     open_sound,
     sound_blocks,
 )
-from audiolm_pytorch.audio.waves import check_dtype, check_rate, with_channels
+from audiolm_pytorch.audio.waves import check_channels, check_dtype, check_rate, with_channels
 from audiolm_pytorch.checks.types import typed
 
 __all__ = ["decoded_info", "peak_safe", "read_audio", "write_audio"]
@@ -64,6 +64,7 @@ def read_audio(
     path = Path(path)
     if sample_hz is not None:
         check_rate(sample_hz)
+    check_channels(channels)
     if start_seconds < 0 or (duration_seconds is not None and duration_seconds <= 0):
         raise ValueError(
             f"{path}: start_seconds must be >= 0 and duration_seconds > 0, got {start_seconds} and {duration_seconds}"
@@ -71,12 +72,18 @@ def read_audio(
     with open_sound(path) as file:
         from_hz, to_hz = file.samplerate, sample_hz or file.samplerate
         total = resampled_length(file.frames, from_hz, to_hz)
-        start = round(start_seconds * to_hz)
+        start = round(min(start_seconds * to_hz, total))
         if start >= total:
             raise ValueError(
                 f"{path}: start_seconds={start_seconds} must be less than the {file.frames / from_hz:.3f} s of the file"
             )
-        count = total - start if duration_seconds is None else min(round(duration_seconds * to_hz), total - start)
+        count = total - start
+        if duration_seconds is not None:
+            count = round(min(duration_seconds * to_hz, count))
+        if count < 1:
+            raise ValueError(
+                f"{path}: duration_seconds={duration_seconds} must be at least one sample, {1 / to_hz:.3g} s"
+            )
         first, last, skip = resample_source_span(start, count, from_hz, to_hz)
         file.seek(first)
         # Channels are mixed block by block, because all channels of a long file would need several times the memory.

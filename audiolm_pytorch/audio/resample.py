@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from audiolm_pytorch.audio.padding import checked_lengths
-from audiolm_pytorch.audio.waves import MAX_HZ, MIN_HZ, check_rate, check_samples
+from audiolm_pytorch.audio.waves import MAX_HZ, MIN_HZ, check_channels, check_rate, check_samples
 from audiolm_pytorch.checks.types import typed
 
 __all__ = ["StreamingResampler", "resample", "resample_source_span", "resampled_items", "resampled_length"]
@@ -99,20 +99,28 @@ def resample_source_span(start: int, count: int, from_hz: int, to_hz: int) -> tu
 
 
 class StreamingResampler:
-    """Resamples a wave that arrives in chunks; the concatenated output equals `resample` of the whole wave."""
+    """Resamples a wave that arrives in chunks; the concatenated output equals `resample` of the whole wave.
+
+    The output is float32 on the CPU and has no gradient.
+    """
 
     @typed
     def __init__(self, from_hz: int, to_hz: int, channels: int) -> None:
         _check_rates(from_hz, to_hz)
+        check_channels(channels)
         self.from_hz, self.to_hz, self.channels = from_hz, to_hz, channels
         self.num_received = self.num_returned = 0
         self._stream: Any = None
         if from_hz != to_hz:
             self._stream = soxr.ResampleStream(from_hz, to_hz, channels, dtype="float32", quality=_QUALITY)
 
+    @typed
     def push(self, wave: Tensor) -> Tensor:
         """Resample a chunk `[c, n]`; return the samples `[c, m]` that do not depend on later chunks (m can be 0)."""
         check_samples(wave)
+        if wave.ndim != 2 or len(wave) != self.channels:
+            raise ValueError(f"wave must be [{self.channels}, n], got shape {list(wave.shape)}")
+        wave = wave.detach().to("cpu", torch.float32)
         self.num_received += wave.shape[-1]
         output = wave if self._stream is None else self._resample(wave)
         self.num_returned += output.shape[-1]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.formats import WRITE_SUBTYPES, unreadable_reason
 from audiolm_pytorch.audio.resample import StreamingResampler, resampled_length
-from audiolm_pytorch.audio.waves import check_rate, check_samples, with_channels
+from audiolm_pytorch.audio.waves import check_channels, check_rate, check_samples, with_channels
 from audiolm_pytorch.checks.types import typed
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
 _SYSTEM_ERROR = 2  # SF_ERR_SYSTEM of libsndfile
 _BLOCK_FRAMES = 2**16
 _MAX_COMMENT_BYTES = 2000  # libsndfile drops a longer comment of a WAV file
+_MAX_STEM_BYTES = 200
 _MAX_VALUES_PER_BLOCK = 8 * _BLOCK_FRAMES
 
 
@@ -96,6 +97,7 @@ class AudioSource:
         self.path = Path(path)
         if sample_hz is not None:
             check_rate(sample_hz)
+        check_channels(channels)
         with open_sound(self.path) as file:
             self.info = AudioInfo(sample_hz=file.samplerate, num_samples=file.frames, channels=file.channels)
         self.sample_hz, self.channels = sample_hz or self.info.sample_hz, channels or self.info.channels
@@ -153,11 +155,17 @@ class AudioWriter:
             raise ValueError(
                 f"{path}: cannot write {suffix or 'a file without a suffix'}; use one of {', '.join(WRITE_SUBTYPES)}"
             )
+        if "\0" in str(path):
+            raise ValueError(f"{str(path)!r}: a file name cannot contain the character NUL; remove it")
         check_rate(sample_hz)
+        check_channels(channels)
         self._subtype = WRITE_SUBTYPES[suffix]
-        self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial{suffix}")
+        # Names may have at most 255 bytes.
+        stem = os.fsdecode(os.fsencode(self.path.stem)[:_MAX_STEM_BYTES])
+        self._partial = self.path.with_name(f".{stem}.{os.getpid()}.partial{suffix}")
         self._file: soundfile.SoundFile | None = None
         self._num_samples = 0
+        self._is_closed = False
 
     def __enter__(self) -> "AudioWriter":
         return self
@@ -167,11 +175,17 @@ class AudioWriter:
         """Append `wave [c, n]` to the file; samples outside -1..1 are clipped."""
         if wave.ndim != 2 or len(wave) != self.channels:
             raise ValueError(f"{self.path}: wave must be [{self.channels}, n], got shape {list(wave.shape)}")
+        if self._is_closed:
+            raise ValueError(f"{self.path}: the file is complete; call write inside the `with` block")
         check_samples(wave, f"{self.path}: wave")
         columns = rearrange(wave.detach().to("cpu", torch.float32).numpy(), "c n -> n c")
         with self._errors():
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
+                # libsndfile would report neither a name that is too long nor a missing permission.
+                with suppress(FileNotFoundError):
+                    self.path.lstat()
+                self._partial.touch()
                 self._file = soundfile.SoundFile(
                     os.fsencode(self._partial),
                     "w",
@@ -188,6 +202,7 @@ class AudioWriter:
         self._num_samples += len(columns)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._is_closed = True
         try:
             with self._errors():
                 if self._file is not None:
@@ -196,9 +211,11 @@ class AudioWriter:
                 if self._file is None:
                     raise ValueError(f"{self.path}: no samples were written; call write inside the `with` block")
                 self._check_complete()
-                os.replace(self._partial, self.path)
+                with self._errors():
+                    os.replace(self._partial, self.path)
         finally:
-            self._partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._partial.unlink()
 
     def _check_complete(self) -> None:
         """Decode a compressed file, because libsndfile reports no error if the disk is full when the file is closed."""
@@ -220,6 +237,8 @@ class AudioWriter:
         """Convert errors of libsndfile into errors that name the path: OSErrors of the disk, else ValueErrors."""
         try:
             yield
+        except OSError as error:
+            raise OSError(error.errno, f"{self.path}: the file cannot be written ({error.strerror})") from error
         except soundfile.LibsndfileError as error:
             if error.code == _SYSTEM_ERROR:
                 raise self._disk_error("the system refused a write") from error

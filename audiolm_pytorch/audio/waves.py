@@ -13,6 +13,7 @@ __all__ = [
     "MAX_AMPLITUDE",
     "MAX_HZ",
     "MIN_HZ",
+    "check_channels",
     "check_dtype",
     "check_rate",
     "check_samples",
@@ -24,6 +25,7 @@ __all__ = [
 # Waves have values in -1..1. Larger samples are possible in float files, but 40 dB above full scale is a mistake.
 MAX_AMPLITUDE = 100.0
 MIN_HZ, MAX_HZ = 1_000, 768_000
+MAX_CHANNELS = 1024  # of libsndfile
 
 
 def check_rate(sample_hz: int, name: str = "sample_hz") -> int:
@@ -31,6 +33,12 @@ def check_rate(sample_hz: int, name: str = "sample_hz") -> int:
     if not MIN_HZ <= sample_hz <= MAX_HZ:
         raise ValueError(f"{name} must be in {MIN_HZ}..{MAX_HZ} Hz, got {sample_hz}")
     return sample_hz
+
+
+def check_channels(channels: int | None) -> None:
+    """Check that a number of channels is in 1..1,024; None is allowed."""
+    if channels is not None and not 1 <= channels <= MAX_CHANNELS:
+        raise ValueError(f"channels must be in 1..{MAX_CHANNELS}, got {channels}")
 
 
 def check_dtype(wave: Any, name: str = "wave") -> None:

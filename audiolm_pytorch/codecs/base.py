@@ -116,7 +116,7 @@ class Codec(SavedModule, ABC):
         return checked.to(next(self.parameters()).dtype)
 
     def _check_codes(self, codes: Tensor) -> Tensor:
-        """Check that codes are integers `[b, f, q']` in the range of the codebooks, and return them."""
+        """Check that codes are integers `[b, f, q']` in the range of the codebooks, and return them as int64."""
         if not isinstance(codes, Tensor) or codes.is_complex():
             raise TypeError(f"codes must be a tensor of integers, got {described(codes)}")
         if codes.ndim != 3 or not 1 <= codes.shape[-1] <= self.num_quantizers:
@@ -125,6 +125,7 @@ class Codec(SavedModule, ABC):
             )
         if codes.is_floating_point() or codes.dtype == torch.bool:
             raise ValueError(f"codes must be integers, got {codes.dtype}; convert them with .long()")
+        codes = codes.long()
         if not is_traced() and codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook_size):
             raise ValueError(
                 f"codes must lie in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}; remove "

@@ -8,14 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from audiolm_pytorch.audio.resample import resampled_length
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.saving.files import check_version, read_weights, write_weights
+from audiolm_pytorch.saving.files import check_seal, check_version, open_weights, read_weights, write_weights
 
-__all__ = ["CodesInfo", "StoredCodes", "read_codes", "write_codes"]
+__all__ = ["CodesInfo", "StoredCodes", "is_code_file", "read_codes", "write_codes"]
 
 _SUFFIX = ".safetensors"
 _FORMAT_VERSION = 1
+_MAX_INTEGER = 2**53  # exact also as a float
 _CODES, _SCALES, _HEADER = "codes", "scales", "audio_codes"
 
 
@@ -36,8 +38,10 @@ class CodesInfo:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} must be an integer of at least 1, got {value!r}")
+            if field.type is int and (type(value) is not int or not 1 <= value <= _MAX_INTEGER):
+                raise ValueError(
+                    f"{field.name} must be an integer of at least 1 and at most {_MAX_INTEGER}, got {value!r:.40}"
+                )
             if field.type is str and not (isinstance(value, str) and value):
                 raise ValueError(f"{field.name} must be a non-empty string, got {value!r}")
 
@@ -89,13 +93,14 @@ class StoredCodes:
                 f"the codes are from the codec {info.codec_class} {info.codec_fingerprint}, got the codec "
                 f"{type(codec).__name__} {fingerprint}; decode with the codec that encoded the sound"
             )
-        sizes = (info.sample_hz, info.channels, info.codebook_size, num_frames)
+        sizes = (info.sample_hz, info.channels, info.codebook_size, info.num_samples, num_frames)
+        num_samples = resampled_length(info.original_num_samples, info.original_sample_hz, codec.target_sample_hz)
         num_expected = codec.num_frames(info.num_samples)
-        codec_sizes = (codec.target_sample_hz, codec.channels, codec.codebook_size, num_expected)
+        codec_sizes = (codec.target_sample_hz, codec.channels, codec.codebook_size, num_samples, num_expected)
         if sizes != codec_sizes or num_levels > codec.num_quantizers:
             raise ValueError(
-                f"sample rate, channels, codebook size, frames and levels are {(*sizes, num_levels)} in the file, but "
-                f"{(*codec_sizes, codec.num_quantizers)} in the codec; encode the sound again"
+                f"sample rate, channels, codebook size, samples, frames and levels are {(*sizes, num_levels)} in the "
+                f"file, but {(*codec_sizes, codec.num_quantizers)} in the codec; encode the sound again"
             )
         if (self.scales is not None) != codec.has_scales:
             raise ValueError(
@@ -109,7 +114,8 @@ def write_codes(path: str | Path, stored: StoredCodes) -> None:
     """Write codes to a safetensors file; no partly written file appears at its path. Missing folders are created.
 
     The tensor `codes [f, q]` is int16, or int32 for codebooks of more than 2^15 codes; `scales [s]` is float32. The
-    header entry `audio_codes` is a JSON object with `format_version` and the fields of `CodesInfo`.
+    header entry `audio_codes` is a JSON object with `format_version` and the fields of `CodesInfo`. The header also has
+    a digest of the whole content.
     """
     path = Path(path)
     if path.suffix != _SUFFIX:
@@ -119,7 +125,17 @@ def write_codes(path: str | Path, stored: StoredCodes) -> None:
     tensors = {_CODES: stored.codes.to(dtype)}
     if stored.scales is not None:
         tensors[_SCALES] = stored.scales
-    write_weights(path, tensors, {_HEADER: header})
+    write_weights(path, tensors, {_HEADER: header}, sealed=True)
+
+
+@typed
+def is_code_file(path: str | Path) -> bool:
+    """Whether a file has the header of a file that `write_codes` wrote."""
+    try:
+        with open_weights(path) as file:
+            return _HEADER in file.metadata
+    except ValueError:
+        return False
 
 
 @typed
@@ -128,6 +144,8 @@ def read_codes(path: str | Path) -> StoredCodes:
     tensors, metadata = read_weights(path)
     if _CODES not in tensors or tensors.keys() - {_CODES, _SCALES} or _HEADER not in metadata:
         raise ValueError(f"{path} is not a file of codes; create a file of codes with write_codes")
+    if len(metadata) > 1:  # earlier releases wrote no digest
+        check_seal(path, tensors, metadata)
     try:
         header = json.loads(metadata[_HEADER])
     except json.JSONDecodeError as error:

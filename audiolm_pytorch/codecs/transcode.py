@@ -8,16 +8,17 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.resample import StreamingResampler
-from audiolm_pytorch.audio.stream import AudioSource, AudioWriter
+from audiolm_pytorch.audio.stream import AudioSource, AudioWriter, open_sound
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec, EncodedWave, StreamingCodec
 from audiolm_pytorch.codecs.code_file import CodesInfo, StoredCodes
 from audiolm_pytorch.codecs.streaming import DecoderStream
 from audiolm_pytorch.nn.module_state import device_of
 
-__all__ = ["FileCodec"]
+__all__ = ["FileCodec", "is_decoded_file"]
 
 _FRAMES_PER_CHUNK = 500
+_COMMENT = "decoded by audiolm_pytorch"
 
 
 class FileCodec:
@@ -82,7 +83,7 @@ class FileCodec:
             to_hz, remaining = info.original_sample_hz, info.original_num_samples
         resampler = StreamingResampler(info.sample_hz, to_hz, info.channels)
         codes = rearrange(stored.codes[:, :num_levels], "f q -> 1 f q").to(self.device)
-        with AudioWriter(path, to_hz, info.channels) as writer:
+        with AudioWriter(path, to_hz, info.channels, _COMMENT) as writer:
             for wave in self._decoded(codes, stored):
                 resampled = resampler.push(wave)[:, :remaining]
                 remaining -= resampled.shape[-1]
@@ -112,6 +113,16 @@ class FileCodec:
             wave = chunk[0, :, :num_samples].float().cpu()
             num_samples -= wave.shape[-1]
             yield wave
+
+
+@typed
+def is_decoded_file(path: str | Path) -> bool:
+    """Whether a file is a sound that `FileCodec.decode` wrote, as its comment says."""
+    try:
+        with open_sound(Path(path)) as file:
+            return bool(file.comment == _COMMENT)
+    except ValueError:
+        return False
 
 
 def _decode_chunks(stream: DecoderStream, codes: Tensor) -> Iterator[Tensor]:

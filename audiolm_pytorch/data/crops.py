@@ -57,7 +57,8 @@ class CropDataset:
             raise ValueError("crops need at least one item and one sample rate, got an empty list")
         if any(hz < _STARTS_PER_SECOND or hz % _STARTS_PER_SECOND for hz in rates_hz):
             raise ValueError(f"sample rates must be multiples of {_STARTS_PER_SECOND} Hz, got {list(rates_hz)}")
-        if seed < 0 or cache_bytes < 0 or channels < 1 or (seconds is not None and round(seconds * min(rates_hz)) < 1):
+        is_empty = seconds is not None and seconds * min(rates_hz) <= 0.5
+        if seed < 0 or cache_bytes < 0 or channels < 1 or is_empty:
             raise ValueError(
                 "crops need seed >= 0, cache_bytes >= 0, channels >= 1 and seconds > 0, got "
                 f"{seed=}, {cache_bytes=}, {channels=}, {seconds=}"
@@ -85,7 +86,7 @@ class CropDataset:
         if not 0 <= index < len(self.items):
             raise IndexError(f"index {index} is out of range; the data set has {len(self.items)} files")
         length, hz = self._lengths[index], self._decode_hz
-        count = length if self.seconds is None else min(round(self.seconds * hz), length)
+        count = length if self.seconds is None else round(min(self.seconds * hz, length))
         grid = hz // _STARTS_PER_SECOND
         last_step = (length - count) // grid
         step = int(np.random.default_rng([self.seed, epoch, index]).integers(last_step + 1)) if last_step else 0
@@ -101,8 +102,9 @@ class CropDataset:
         for hz in self.rates_hz:
             available = -(-self._lengths[index] * hz // self._decode_hz)
             start = step * hz // _STARTS_PER_SECOND
-            num_samples = available if self.seconds is None else round(self.seconds * hz)
-            num_samples = min(num_samples, available - start)
+            num_samples = available - start
+            if self.seconds is not None:
+                num_samples = round(min(self.seconds * hz, num_samples))
             spans[hz] = (num_samples, *resample_source_span(start, num_samples, self._decode_hz, hz))
         first = min(begin for _, begin, _, _ in spans.values())
         decoded = self._decoded(index, first, max(end for _, _, end, _ in spans.values()))

@@ -27,9 +27,10 @@ class FolderScan:
 
 
 @typed
-def scan_folder(folder: Path) -> FolderScan:
-    """Find the audio files below a folder, each with its `.json` and `.txt` caption files; hidden files are skipped.
+def scan_folder(folder: Path, suffixes: tuple[str, ...] = AUDIO_SUFFIXES) -> FolderScan:
+    """Find the files with these suffixes below a folder, each with its `.json` and `.txt` caption files.
 
+    Hidden files are skipped.
     Links to folders are followed, but each folder is searched once. Audio that cannot be decoded by its suffix, links
     without a target, folders that cannot be read and the samples of training runs are left out with a reason.
     """
@@ -38,7 +39,7 @@ def scan_folder(folder: Path) -> FolderScan:
             "is a file; pass its folder, or a .jsonl manifest" if folder.is_file() else "no such folder or manifest"
         )
         raise ValueError(f"{folder}: {reason}")
-    search = _Search(folder)
+    search = _Search(folder, suffixes)
     sidecars: dict[Path, list[Path]] = {}
     for sidecar in sorted(search.sidecars):
         sidecars.setdefault(sidecar.with_suffix(""), []).append(folder / sidecar)
@@ -52,8 +53,8 @@ def scan_folder(folder: Path) -> FolderScan:
 class _Search:
     """Paths below a folder, relative to the folder. Linked folders are searched after all other folders."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, suffixes: tuple[str, ...]) -> None:
+        self.root, self.suffixes = root, suffixes
         self.audio: list[Path] = []
         self.sidecars: list[Path] = []
         self.tables: list[Path] = []
@@ -99,7 +100,7 @@ class _Search:
                     folders.append(path)
                 elif entry.is_dir():
                     self.links.append(path)
-                elif path.suffix.lower() in AUDIO_SUFFIXES:
+                elif path.suffix.lower() in self.suffixes:
                     self.rejected[path] = "is not a regular file"
             except OSError as error:
                 self.rejected[path] = f"cannot be read ({error.strerror})"
@@ -109,7 +110,7 @@ class _Search:
         suffix = path.suffix.lower()
         if path.name in _TABLE_NAMES:
             self.tables.append(path)
-        elif suffix in AUDIO_SUFFIXES:
+        elif suffix in self.suffixes:
             self.audio.append(path)
         elif suffix in SIDECAR_SUFFIXES:
             self.sidecars.append(path)

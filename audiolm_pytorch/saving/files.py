@@ -28,9 +28,11 @@ from audiolm_pytorch.saving.text import one_line
 __all__ = [
     "check_digest",
     "check_overwrite",
+    "check_seal",
     "check_version",
     "differences",
     "digest_of_file",
+    "open_weights",
     "read_json",
     "read_versioned",
     "read_weights",
@@ -48,6 +50,7 @@ _SEAL = "sha256"
 _STAGE_PREFIX = ".writing-"
 # While the digest of a sealed file is computed, zeros take its place.
 _NO_DIGEST = "0" * 64
+_TEMPORARY = ".tensors"
 # Any name of six characters: the digest covers its own name.
 _SEALED_END = re.compile(r'"[^\n]{6}": "([0-9a-f]{64})"\n}\n\Z')
 
@@ -71,12 +74,13 @@ def write_json(path: str | Path, obj: Any, sealed: bool = False) -> None:
         text = json.dumps({**obj, _SEAL: _NO_DIGEST} if sealed else obj, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"cannot write {path}: the object cannot be stored as JSON ({error})") from error
-    text += "\n"
+    # A file name that is not UTF-8 has surrogates, which JSON can only contain as escapes.
+    data = (text + "\n").encode(errors="backslashreplace")
     if sealed:
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        text = digest.join(text.rsplit(_NO_DIGEST, 1))
+        digest = hashlib.sha256(data).hexdigest()
+        data = digest.encode().join(data.rsplit(_NO_DIGEST.encode(), 1))
     with staged_files(path.parent) as stage:
-        (stage / path.name).write_bytes(text.encode())
+        (stage / path.name).write_bytes(data)
 
 
 @typed
@@ -174,11 +178,11 @@ def write_weights(
     """Write named tensors and the header strings `metadata` to a safetensors file, which is replaced atomically.
 
     The tensors may be on any device, but must not share memory; `weights_of` returns such tensors. The header of a
-    `sealed` file has a digest of the tensors, which `read_weights` can check.
+    `sealed` file has a digest of the tensors and of `metadata`, which `read_weights` and `check_seal` check.
     """
     path = Path(path)
     if sealed:
-        metadata = {**(metadata or {}), _SEAL: digest_of({}, weights)}
+        metadata = {**(metadata or {}), _SEAL: digest_of(metadata or {}, weights)}
     with staged_files(path.parent) as stage:
         contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_tensors(stage / path.name, contiguous, metadata or {})
@@ -187,7 +191,9 @@ def write_weights(
 def save_tensors(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, not atomically; a full disk raises an OSError."""
     try:
-        save_file(dict(weights), path, metadata=dict(metadata))
+        with _utf8_link(path.parent) as folder:
+            save_file(dict(weights), folder / _TEMPORARY, metadata=dict(metadata))
+        os.replace(path.with_name(_TEMPORARY), path)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 
@@ -200,9 +206,17 @@ def read_weights(path: str | Path, sealed: bool = False) -> tuple[dict[str, Tens
     """
     with open_weights(path) as file:
         tensors, metadata = file.tensors(), file.metadata
-    if sealed and metadata.get(_SEAL) != digest_of({}, tensors):
-        raise ValueError(f"{path} has changed since it was written, its digest differs; restore the file")
+    if sealed:
+        check_seal(path, tensors, metadata)
     return tensors, metadata
+
+
+@typed
+def check_seal(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Raise a ValueError unless these tensors and header strings are those of a file written with `sealed`."""
+    unsealed = {name: text for name, text in metadata.items() if name != _SEAL}
+    if metadata.get(_SEAL) != digest_of(unsealed, tensors):
+        raise ValueError(f"{path} has changed since it was written, its digest differs; restore the file")
 
 
 class WeightsFile:
@@ -225,7 +239,7 @@ def open_weights(path: str | Path) -> Iterator[WeightsFile]:
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path}")
     try:
-        with safe_open(path, framework="pt") as opened:
+        with _utf8_link(Path(path)) as readable, safe_open(readable, framework="pt") as opened:
             yield WeightsFile(opened)
     except (SafetensorError, OSError, KeyError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {one_line(error)}") from error
@@ -281,6 +295,20 @@ def _shared_lock(folder: Path) -> Iterator[None]:
                 shutil.rmtree(leftover, ignore_errors=True)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _utf8_link(path: Path) -> Iterator[Path]:
+    """Yield a path that safetensors can open: `path`, or a temporary link to it if its name is not UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder, "link")
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.audio.formats import AUDIO_SUFFIXES, WRITE_SUBTYPES
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.codecs.code_file import read_codes, write_codes
-from audiolm_pytorch.codecs.transcode import FileCodec
+from audiolm_pytorch.codecs.code_file import is_code_file, read_codes, write_codes
+from audiolm_pytorch.codecs.transcode import FileCodec, is_decoded_file
 from audiolm_pytorch.data.folder import scan_folder
 from audiolm_pytorch.saving.files import write_json
 from audiolm_pytorch.saving.text import printable
@@ -120,7 +120,7 @@ def _encode(command: Encode) -> int:
             f"{file_kbps:.2f} kbps as a file"
         )
 
-    return _for_each(pairs, encode)
+    return _for_each(pairs, encode, is_code_file)
 
 
 def _decode(command: Decode) -> int:
@@ -138,12 +138,12 @@ def _decode(command: Decode) -> int:
         sample_hz = stored.info.original_sample_hz if command.original_rate else stored.info.sample_hz
         return f"{stored.seconds:.2f} s at {sample_hz} Hz"
 
-    return _for_each(pairs, decode)
+    return _for_each(pairs, decode, is_decoded_file)
 
 
 def _evaluate(command: Evaluate) -> int:
-    if not command.seconds > 0:
-        raise ValueError(f"--seconds must be above 0, got {command.seconds:g}")
+    if not 0 < command.seconds < float("inf"):
+        raise ValueError(f"--seconds must be above 0 and finite, got {command.seconds:g}")
     if command.json is not None:
         check_file(command.json, (".json",))
     paths = _sounds_in(command.source) if command.source.is_dir() else [command.source]
@@ -177,7 +177,7 @@ def _evaluate(command: Evaluate) -> int:
             "device": command.device,
         }
         write_json(command.json, {"format_version": 2, "settings": settings, "rows": [asdict(row) for row in rows]})
-        sys.stdout.write(f"wrote {command.json}\n")
+        sys.stdout.write(f"wrote {printable(command.json)}\n")
     return 0 if num_files == len(paths) else 2
 
 
@@ -204,33 +204,38 @@ def _pairs(
     return pairs
 
 
-def _sounds_in(folder: Path) -> list[Path]:
-    """List the sound files below a folder, as for training, and print what is left out."""
-    scan = scan_folder(folder)
+def _sounds_in(folder: Path, suffixes: tuple[str, ...] = AUDIO_SUFFIXES) -> list[Path]:
+    """List the files below a folder with these suffixes, as for training, and print what is left out."""
+    scan = scan_folder(folder, suffixes)
     if not scan.audio:
         reasons = "".join(f"; {rejected.path}: {rejected.reason}" for rejected in scan.rejected[:_MAX_REASONS])
-        raise ValueError(f"{folder}: contains no {', '.join(AUDIO_SUFFIXES)} files{reasons}")
+        raise ValueError(f"{folder}: contains no {', '.join(suffixes)} files{reasons}")
     for rejected in scan.rejected:
         sys.stderr.write(f"musiclm: left out {printable(rejected.path)}: {printable(rejected.reason)}\n")
     return list(scan.audio)
 
 
 def _codes_in(folder: Path) -> list[Path]:
-    """List the files of codes below a folder, sorted by path, without hidden files."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _CODES_SUFFIXES and path.is_file())
-    visible = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    if not visible:
-        raise ValueError(f"{folder}: contains no {', '.join(_CODES_SUFFIXES)} files")
-    return visible
+    """List the files of codes below a folder as `_sounds_in` does."""
+    return _sounds_in(folder, _CODES_SUFFIXES)
 
 
-def _for_each(pairs: Sequence[tuple[Path, Path | None]], work: Callable[[Path, Path], str]) -> int:
-    """Call `work` for every pair (input, output), print the returned summaries, and return the exit status."""
+def _for_each(
+    pairs: Sequence[tuple[Path, Path | None]], work: Callable[[Path, Path], str], is_own: Callable[[Path], bool]
+) -> int:
+    """Call `work` for every pair (input, output), print the returned summaries, and return the exit status.
+
+    An output that exists already is replaced only if `is_own` returns True for it.
+    """
     num_failed = 0
     for source, target in pairs:
         try:
             if target is None:
                 raise ValueError(f"{source}: another input file has the same output name; rename one of the two files")
+            if target.exists() and not is_own(target):
+                raise ValueError(
+                    f"{target} exists, and was not written by this command; move it away, or write to another place"
+                )
             summary = work(source, target)
         except (ValueError, OSError, RuntimeError) as error:
             _fail(source, error, is_only_file=len(pairs) == 1)

@@ -93,3 +93,50 @@ def test_a_full_disk_is_never_silent(tmp_path, suffix):
     with full_disk(num_bytes):
         write_audio(path, wave, 16000)
     assert read_audio(path)[0].shape == (1, 20_000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_streams_take_every_float_type(dtype):
+    """A chunk of any float type, also with a gradient, is resampled as float32; a wrong shape is named."""
+    wave = torch.rand(1, 4000).to(dtype).requires_grad_()
+    stream = StreamingResampler(16000, 8000, 1)
+    output = torch.cat([stream.push(wave), stream.finish()], dim=1)
+    assert torch.equal(output, resample(wave.float(), 16000, 8000))
+    with pytest.raises(ValueError, match=r"wave must be \[1, n\], got shape \[4000\]"):
+        stream.push(wave[0])
+
+
+def test_parts_and_channels_that_no_file_has(write_tone):
+    """Numbers of channels, begins and durations outside the file are named; an endless part is the whole file."""
+    path = write_tone("tone.wav", 1.0, 8000)
+    for channels in (0, -1):
+        for read in (read_audio, AudioSource):
+            with pytest.raises(ValueError, match="channels must be in 1..1024"):
+                read(path, channels=channels)
+    with pytest.raises(ValueError, match="start_seconds=inf must be less than the 1.000 s"):
+        read_audio(path, start_seconds=float("inf"))
+    with pytest.raises(ValueError, match="duration_seconds=1e-09 must be at least one sample"):
+        read_audio(path, duration_seconds=1e-9)
+    for seconds in (1e308, float("inf")):
+        assert read_audio(path, duration_seconds=seconds)[0].shape == (1, 8000)
+
+
+def test_file_names_of_the_writer(tmp_path, monkeypatch):
+    """A name of 255 letters is written; of other names the true reason is told, and nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    name = "a" * 251 + ".wav"
+    write_audio(name, torch.zeros(10), 8000)
+    for path, reason in (
+        (f"a{name}", "[Nn]ame too long"),
+        (f"{name}/b.wav", "File exists"),
+        ("b\0.wav", "cannot contain the character NUL"),
+    ):
+        with pytest.raises((OSError, ValueError), match=reason) as caught:
+            write_audio(path, torch.zeros(10), 8000)
+        assert "free space" not in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    writer = AudioWriter("c.wav", 8000, 1)
+    with writer:
+        writer.write(torch.zeros(1, 10))
+    with pytest.raises(ValueError, match="the file is complete"):
+        writer.write(torch.zeros(1, 10))

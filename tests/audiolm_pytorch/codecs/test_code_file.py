@@ -17,7 +17,7 @@ from tests.helpers.fakes import FakeCodec
 
 pytestmark = pytest.mark.usefixtures("low_rates")
 
-INFO = CodesInfo("FakeCodec", "codec", 16, 800, 150, 1, 44100, 8000, 2)
+INFO = CodesInfo("FakeCodec", "codec", 16, 800, 150, 1, 44100, 8268, 2)
 
 
 def stored(codebook_size=16, **changes):
@@ -86,7 +86,8 @@ def damaged_files(folder):
         "rank": ({"codes": codes[0]}, header, r"\[f, q\]"),
         "floats": ({"codes": codes.float()}, header, "must be int16 or int32, got torch.float32"),
         "bool rate": ({"codes": codes}, {**header, "sample_hz": True}, "sample_hz must be an integer"),
-        "no rate": ({"codes": codes}, {**header, "sample_hz": 0}, "sample_hz must be .* at least 1, got 0"),
+        "no rate": ({"codes": codes}, {**header, "sample_hz": 0}, "sample_hz must be .* at least 1 .* got 0"),
+        "huge": ({"codes": codes}, {**header, "codebook_size": 2**70}, "codebook_size must be .* at most"),
         "no name": ({"codes": codes}, {**header, "codec_class": 3}, "codec_class must be a non-empty string"),
     }
     for name, (tensors, said, message) in cases.items():
@@ -106,6 +107,14 @@ def test_damaged_files_raise(tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             read_codes(path)
         assert str(path) in str(caught.value)
+    good = tmp_path / "good.safetensors"
+    write_codes(good, stored())
+    assert read_codes(good).info == INFO
+    data = good.read_bytes()
+    for place in (data.index(b"44100"), len(data) - 40):  # of the header, and of the codes
+        good.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(ValueError, match="has changed since it was written"):
+            read_codes(good)
     with pytest.raises(ValueError, match="ends in .safetensors"):
         write_codes(tmp_path / "a.bin", stored())
 
@@ -119,7 +128,13 @@ def test_codes_of_another_codec_raise():
         match="from the codec FakeCodec other, got the codec FakeCodec codec; decode with the codec that encoded",
     ):
         stored(codec_fingerprint="other").check_codec(codec, "codec")
-    changes = ({"num_samples": 10**12}, {"num_samples": 161}, {"channels": 2}, {"sample_hz": 16000})
+    changes = (
+        {"num_samples": 10**12},
+        {"num_samples": 161},
+        {"original_num_samples": 1},
+        {"channels": 2},
+        {"sample_hz": 16000},
+    )
     for one in changes:
         with pytest.raises(ValueError, match="frames and levels are .* in the file, but .* in the codec"):
             stored(**one).check_codec(codec, "codec")

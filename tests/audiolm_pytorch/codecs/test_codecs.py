@@ -403,3 +403,13 @@ def test_lengths_may_be_on_the_cpu(make_codec):
     codec = make_codec().cuda()
     wave = torch.randn(2, 640, device="cuda")
     assert (codec.tokenize(wave, torch.tensor([640, 64]))[1, -1] == -1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.int32])
+def test_codes_of_every_integer_type_decode(dtype):
+    """Codes of a file or of numpy need no conversion."""
+    sizes = dict(channels=2, codebook_dim=8, codebook_size=16, rq_num_quantizers=2, strides=(2, 5))
+    codec, codes = SoundStream(**sizes).eval(), torch.randint(16, (1, 4, 2))
+    wave = codec.decode_from_codebook_indices(codes)
+    assert torch.equal(codec.decode_from_codebook_indices(codes.to(dtype)), wave)
+    assert codec.decoder_stream().push(codes.to(dtype)).dtype == wave.dtype

@@ -155,3 +155,9 @@ def test_impossible_settings_are_refused(items: list[AudioItem]) -> None:
         CropDataset(items, 0.0, [16000])
     with pytest.raises(IndexError, match="index 3 is out of range; the data set has 3 files"):
         CropDataset(items, 1.0, [16000]).get(0, 3)
+
+
+@pytest.mark.parametrize("seconds", [1e308, float("inf")])
+def test_an_endless_crop_is_the_whole_file(items: list[AudioItem], seconds: float) -> None:
+    """Guards against numbers of samples that no integer can hold."""
+    assert same(CropDataset(items, seconds, [24000]).get(0, 1), CropDataset(items, None, [24000]).get(0, 1))

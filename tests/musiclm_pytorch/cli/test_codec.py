@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import save_file
 
 from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.codecs import SoundStream
 from audiolm_pytorch.codecs.code_file import read_codes
 from audiolm_pytorch.codecs.transcode import FileCodec
+from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.modules import load_module, save_module
 from tests.helpers.bad_input import bad_input, check_bad_input, listing
 
@@ -178,7 +181,8 @@ folder suffix | decode FOLDER --out TMP/out --suffix mp3 | --suffix must be one 
 decode in place | decode FOLDER --out FOLDER --codec CODEC | is the input folder, .*use another --out
 evaluate levels | evaluate TONE --codec CODEC --levels 9 | 1..3, got 9
 evaluate json | evaluate TONE --codec CODEC --json TMP/a.txt | a.txt: name a file that ends in .json
-evaluate seconds | evaluate TONE --codec CODEC --seconds 0 | --seconds must be above 0, got 0
+evaluate seconds | evaluate TONE --codec CODEC --seconds 0 | --seconds must be above 0 and finite, got 0
+evaluate endless | evaluate TONE --codec CODEC --seconds inf | --seconds must be above 0 and finite, got inf
 evaluate junk | evaluate JUNK --codec CODEC | junk.wav: cannot be read as audio
 """
 
@@ -207,13 +211,61 @@ def test_a_failure_keeps_the_old_file(musiclm_command, codec, write_tone, tmp_pa
     """A sound whose second half cannot be decoded does not replace the existing file."""
     codes, out = tmp_path / "a.safetensors", tmp_path / "a.wav"
     musiclm_command("codec", "encode", write_tone("tone.wav", 1.0, 8000), "--out", codes, "--codec", codec)
-    out.write_text("old")
+    assert musiclm_command("codec", "decode", codes, "--out", out, "--codec", codec) == 0
+    old = out.read_bytes()
     pieces = [torch.zeros(1, 4000), torch.full((1, 4000), torch.nan)]
     monkeypatch.setattr(FileCodec, "_decoded", lambda *arguments: iter(pieces))
     before = listing(tmp_path)
     assert musiclm_command("codec", "decode", codes, "--out", out, "--codec", codec) == 2
     assert "NaN" in capsys.readouterr().err
-    assert out.read_text() == "old" and listing(tmp_path) == before
+    assert out.read_bytes() == old and listing(tmp_path) == before
+
+
+def test_files_of_the_user_are_not_overwritten(musiclm_command, codec, write_tone, tmp_path, capsys):
+    """Codes replace codes and decoded sounds replace decoded sounds, but no other file, alone or in a folder."""
+    song, weights, codes = write_tone("songs/a.wav"), tmp_path / "models" / "a.safetensors", tmp_path / "codes"
+    weights.parent.mkdir()
+    save_file({"mine": torch.ones(3)}, weights)
+    before = song.read_bytes(), weights.read_bytes()
+    coding, decoding = ("codec", "encode", "--codec", codec), ("codec", "decode", "--codec", codec)
+    assert musiclm_command(*coding, song.parent, "--out", codes) == 0
+    for words in (
+        (*coding, song, "--out", weights),
+        (*coding, song.parent, "--out", weights.parent),
+        (*decoding, codes / "a.safetensors", "--out", song),
+        (*decoding, codes, "--out", song.parent),
+    ):
+        assert musiclm_command(*words) == 2
+        assert "exists, and was not written by this command" in capsys.readouterr().err
+    assert (song.read_bytes(), weights.read_bytes()) == before
+    for suffix in (".wav", ".flac", ".ogg"):
+        for _ in range(2):
+            assert musiclm_command(*coding, song.parent, "--out", codes) == 0
+            assert musiclm_command(*decoding, codes, "--out", tmp_path / "back", "--suffix", suffix) == 0
+
+
+def test_codes_in_links_are_decoded_and_lost_links_named(musiclm_command, codec, write_tone, tmp_path, capsys):
+    """A folder of codes is searched as a folder of sounds is."""
+    codes = tmp_path / "codes"
+    write_tone("songs/a.wav", 0.1)
+    for folder in (codes, tmp_path / "far"):
+        assert musiclm_command("codec", "encode", tmp_path / "songs", "--out", folder, "--codec", codec) == 0
+    (codes / "sub").symlink_to(tmp_path / "far")
+    (codes / "gone.safetensors").symlink_to("nowhere")
+    assert musiclm_command("codec", "decode", codes, "--out", tmp_path / "back", "--codec", codec) == 0
+    assert set(listing(tmp_path / "back")) == {"a.wav", "sub", "sub/a.wav"}
+    assert "gone.safetensors: the link points to a missing file" in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf8(musiclm_command, codec, write_tone, tmp_path):
+    """Encode, decode and evaluate work on a folder with a Latin-1 name."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    shutil.copy(write_tone("a.wav", 0.1), folder / "a.wav")
+    assert musiclm_command("codec", "encode", folder, "--out", folder / "codes", "--codec", codec) == 0
+    assert musiclm_command("codec", "decode", folder / "codes", "--out", folder / "back", "--codec", codec) == 0
+    assert musiclm_command("codec", "evaluate", folder, "--json", tmp_path / "x.json", "--codec", codec) == 0
+    assert read_json(tmp_path / "x.json")["settings"]["source"] == str(folder)
 
 
 LONG_FILE = """
