@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from audiolm_pytorch.audio.units import samples_covering
+from audiolm_pytorch.audio.units import check_durations, samples_covering
 from audiolm_pytorch.checks.tracing import not_compiled
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
@@ -210,8 +210,7 @@ class AudioLM(SharedModel):
             ValueError: If the codec has no `decoder_stream`, or for the reasons listed in `generate`.
         """
         codec = self.codec
-        if not 0 < chunk_seconds < float("inf"):
-            raise ValueError(f"chunk_seconds must be positive and finite, got {chunk_seconds}")
+        check_durations(chunk_seconds=chunk_seconds)
         factor = codec.downsample_factor
         chunk_frames = max(1, samples_covering(chunk_seconds, factor, codec.target_sample_hz) // factor)
         with torch.no_grad():

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.files import peak_safe
+from audiolm_pytorch.audio.waves import check_dtype
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.checks.tracing import not_compiled
 from audiolm_pytorch.checks.types import typed
@@ -261,6 +262,7 @@ class MusicLM(SharedModel):
             chunk_seconds, has_more = min(chunk_seconds, seconds), rank_seconds < seconds
         return self._ranked_chunks(prompts, request, candidate_seeds, first_parts, chunk_seconds, has_more)
 
+    @typed
     @torch.no_grad()
     def scores(self, prompts: Sequence[MusicPrompt], waves: Tensor, *, max_batch: int = 16) -> Tensor:
         """Cosine similarity `[prompts, candidates]` of the MuLaN embeddings of each prompt and its candidates.
@@ -272,7 +274,17 @@ class MusicLM(SharedModel):
             prompts: Texts, mixtures or stories.
             waves: `[prompts, candidates, n]` or `[prompts, candidates, c, n]` at `sample_hz`.
             max_batch: Number of candidates that are embedded in one batch.
+
+        Raises:
+            ValueError: If the shape or dtype of `waves` is wrong, or `max_batch` is below 1.
         """
+        _check_positive(max_batch=max_batch)
+        check_dtype(waves, "waves")
+        if waves.ndim not in (3, 4) or len(waves) != len(prompts) or not waves.numel():
+            raise ValueError(
+                "waves must be [prompts, candidates, n] or [prompts, candidates, c, n] and not empty, "
+                f"got shape {list(waves.shape)} for {len(prompts)} prompts"
+            )
         quantizer = self.mulan_embed_quantizer
         stories = embed_prompts(stories_of(prompts), quantizer, self.sample_hz)
         return score_candidates(stories, waves, self.sample_hz, quantizer.mulan, max_batch)

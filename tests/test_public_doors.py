@@ -76,3 +76,20 @@ def test_wrong_values_raise_errors_that_name_the_argument(name: str) -> None:
                 if kind not in HARMLESS | ALLOWED.get(f"{name}.{argument}", set()):
                     wrong.append(f"{argument}, {kind}: accepted")
     assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "size"),
+    [
+        *[
+            ("MelSpectrogram", "win_length", 0),
+            ("SoundStream", "attn_depth", -1),
+            ("SoundStream", "target_sample_hz", 1),
+        ],
+        *[("StageTransformer", "cond_dim", 0), ("TokenTransformer", "cond_dim", 0), ("MusicGen", "max_seconds", 0.0)],
+    ],
+)
+def test_sizes_without_a_meaning_are_refused(name: str, argument: str, size: float) -> None:
+    """None of them builds a module that silently ignores the size."""
+    with pytest.raises(ValueError, match=argument):
+        resolve(name)(**{**BASE[name](), argument: size})

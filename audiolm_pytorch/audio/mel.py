@@ -112,12 +112,13 @@ class MelSpectrogram(nn.Module):
         center: bool = True,
     ) -> None:
         super().__init__()
-        if not 1 <= (win_length or n_fft) <= n_fft or hop_length < 1 or not 0 < power < float("inf"):
+        window = n_fft if win_length is None else win_length
+        if not 1 <= window <= n_fft or hop_length < 1 or not 0 < power < float("inf"):
             raise ValueError(
                 f"need 1 <= win_length <= n_fft, hop_length >= 1 and power > 0, got win_length={win_length}, "
                 f"n_fft={n_fft}, hop_length={hop_length}, power={power}"
             )
-        self.n_fft, self.hop_length, self.win_length = n_fft, hop_length, win_length or n_fft
+        self.n_fft, self.hop_length, self.win_length = n_fft, hop_length, window
         self.power, self.center = float(power), center
         filters = mel_filterbank(sample_hz, n_fft, num_mels, f_min_hz, f_max_hz)
         self.register_buffer("filters", filters, persistent=False)

@@ -5,7 +5,7 @@ from math import ceil, inf
 
 from audiolm_pytorch.checks.types import typed
 
-__all__ = ["exact_div", "frames_covering", "frames_inside", "samples_covering", "samples_in"]
+__all__ = ["check_durations", "exact_div", "frames_covering", "frames_inside", "samples_covering", "samples_in"]
 
 # The rounding error of seconds as a float is about 1e-8 samples in an hour of audio; a larger difference is real.
 TOLERANCE_SAMPLES = 1e-6
@@ -18,6 +18,13 @@ def _check(amount: float, name_of_amount: str, **divisors: int) -> None:
     for name, value in divisors.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_durations(**seconds: float | None) -> None:
+    """Check that every duration is positive and finite; None is allowed. The ValueError names the argument."""
+    for name, value in seconds.items():
+        if value is not None and not 0 < value < inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 @typed

@@ -17,7 +17,7 @@ from audiolm_pytorch.lm.tokenizing import tokenize
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.tokens.token_batch import TokenBatch
 
-__all__ = ["acoustic_tokens", "read_prompts", "tokenize_prompts"]
+__all__ = ["acoustic_tokens", "read_prompt", "read_prompts", "tokenize_prompts"]
 
 
 def tokenize_prompts(
@@ -69,7 +69,18 @@ def read_prompts(
         )
     else:
         waves = [prompts] if isinstance(prompts, (str, Path)) else list(prompts or [])
-    return [_read(item, prompt, sample_hz) for item, prompt in enumerate(waves)]
+    return [read_prompt(prompt, sample_hz, f"prompt {item}") for item, prompt in enumerate(waves)]
+
+
+def read_prompt(prompt: Prompt, sample_hz: int, name: str) -> tuple[Tensor, int]:
+    """Return wave `[c, n]` and sample rate in Hz of one prompt; `sample_hz` is the rate of a tensor."""
+    if not isinstance(prompt, Tensor):
+        return read_audio(prompt, channels=None)
+    check_samples(prompt, name)
+    wave = rearrange(prompt, "n -> 1 n") if prompt.ndim == 1 else prompt
+    if wave.ndim != 2:
+        raise ValueError(f"{name} must be [n] or [c, n], got shape {list(prompt.shape)}")
+    return wave, sample_hz
 
 
 def _tokens_of_waves(
@@ -99,18 +110,6 @@ def _tokens_of_waves(
         for row, item in enumerate(items):
             tokens[item] = batch_tokens[row, : frames[item]].reshape(-1, levels)
     return TokenBatch.of_items(tokens)
-
-
-def _read(item: int, prompt: Prompt, sample_hz: int) -> tuple[Tensor, int]:
-    """Wave `[c, n]` and sample rate in Hz of one prompt."""
-    if not isinstance(prompt, Tensor):
-        return read_audio(prompt, channels=None)
-    name = f"prompt {item}"
-    check_samples(prompt, name)
-    wave = rearrange(prompt, "n -> 1 n") if prompt.ndim == 1 else prompt
-    if wave.ndim != 2:
-        raise ValueError(f"{name} must be [n] or [c, n], got shape {list(prompt.shape)}")
-    return wave, sample_hz
 
 
 def _whole_frames(tokenizer: SemanticTokenizer | Codec, num_samples: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from audiolm_pytorch.audio.units import check_durations
 from audiolm_pytorch.audio.waves import check_rate, mono_waves
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
@@ -114,8 +115,7 @@ class GenerationRequest:
         """Check ranges, and that no lengths are passed without their tensor."""
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.seconds is not None and not 0 < self.seconds < float("inf"):
-            raise ValueError(f"seconds must be positive and finite, got {self.seconds}")
+        check_durations(seconds=self.seconds)
         if self.prime_wave_input_sample_hz is not None:
             check_rate(self.prime_wave_input_sample_hz, "prime_wave_input_sample_hz")
         for name, lengths in (("prime_wave", "prime_lengths"), ("semantic_tokens", "semantic_lengths")):
@@ -133,9 +133,9 @@ class GenerationRequest:
         """
         names = ["text", "wavs", "codes", "conditions", "conditioning", "negative_conditioning", "input_streams"]
         names += ["prime_wave", "prime_lengths", "semantic_tokens", "semantic_lengths", "seeds"]
-        selected = {name: _select(getattr(self, name), items) for name in names}
         if _is_one_wave(self.prime_wave):
-            selected["prime_wave"] = self.prime_wave
+            names.remove("prime_wave")
+        selected = {name: _select(getattr(self, name), items) for name in names}
         selected["condition_changes"] = tuple(
             ConditionChange(_select(change.seconds, items), _select(change.conditioning, items))
             for change in self.condition_changes

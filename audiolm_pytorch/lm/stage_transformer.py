@@ -10,6 +10,7 @@ from torch import Tensor
 from audiolm_pytorch.audio.units import frames_inside
 from audiolm_pytorch.checks.types import keep_arguments, typed
 from audiolm_pytorch.lm.token_model import TokenTransformer
+from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import PackedTokens, Stream, exact_rate
 
@@ -90,6 +91,7 @@ class StageTransformer(TokenTransformer):
         token_fingerprints: Mapping[str, str] | None = None,
         **stack: Any,
     ) -> None:
+        check_positive(cond_dim=cond_dim)
         width = (dim if cond_dim is None else cond_dim) if audio_text_condition else None
         extra = [stream if isinstance(stream, Stream) else Stream.from_dict(stream) for stream in extra_streams]
         for stream in extra:

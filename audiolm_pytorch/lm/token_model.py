@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.audio.units import check_durations
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import Conditions
 from audiolm_pytorch.conditioning.fuser import ConditionFuser, ConditionSpec
+from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.transformer import INIT_STD, FusedConditions, Transformer
 from audiolm_pytorch.saving.modules import SavedModule, register
 from audiolm_pytorch.tokens.layout import TokenLayout
@@ -88,6 +90,8 @@ class TokenTransformer(SavedModule):
         super().__init__()
         if not 0 <= cond_drop_prob <= 1 or null_tokens < 1:
             raise ValueError(f"need 0 <= cond_drop_prob <= 1 and null_tokens >= 1, got {cond_drop_prob}, {null_tokens}")
+        check_positive(cond_dim=cond_dim, text_dim=text_dim)
+        check_durations(max_seconds=max_seconds)
         self.layout = layout
         self.cond_dim, self.cond_drop_prob, self.null_tokens = cond_dim, cond_drop_prob, null_tokens
         self.text_dim, self.text_as = text_dim, text_as

@@ -20,9 +20,14 @@ def device_of(module: nn.Module) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
-def check_positive(**sizes: int | Sequence[int]) -> None:
-    """Check that each size of a module, or each of its sizes, is at least 1; the ValueError names the argument."""
+def check_positive(**sizes: int | Sequence[int] | None) -> None:
+    """Check that each size of a module, or each of its sizes, is at least 1; None is allowed.
+
+    The ValueError names the argument.
+    """
     for name, value in sizes.items():
+        if value is None:
+            continue
         values = [value] if isinstance(value, int) else list(value)
         if not values or min(values) < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from audiolm_pytorch.saving.files import read_json
+from audiolm_pytorch.saving.construction import build_within
+from audiolm_pytorch.saving.files import open_weights, read_json
 from audiolm_pytorch.saving.sources import find_folder, licence_of
 from audiolm_pytorch.saving.text import logger_named, one_line
 from audiolm_pytorch.saving.tokenizer_json import rust_errors, tokenizer_of_json
@@ -110,6 +111,7 @@ def load_model(
             f"transformers.{model_class}.from_pretrained(…).save_pretrained(…)"
         )
     try:
+        _check_sizes(folder, getattr(transformers, model_class))
         model, report = getattr(transformers, model_class).from_pretrained(
             str(folder),
             use_safetensors=True,
@@ -130,6 +132,17 @@ def load_model(
         logger.warning("%s: %d weights of the file are not used by the model", folder, len(report["unexpected_keys"]))
     licence = licence_of(folder, source) or LoadedModel.licence
     return LoadedModel(model.to(torch.float32), str(source), commit, licence, _preprocessor_in(folder))
+
+
+def _check_sizes(folder: Path, model_class: Any) -> None:
+    """Build a model from its config without memory for weights; raise a ValueError if its files have far fewer."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in folder.glob("*.safetensors"):
+        with open_weights(path) as file:
+            shapes |= {f"{path.name} {name}": shape for name, (_, shape) in file.facts.items()}
+    config = model_class.config_class.from_pretrained(str(folder), local_files_only=True)
+    with build_within(shapes):
+        model_class(config)
 
 
 def load_tokenizer(source: str | Path, **hub: Any) -> Tokenizer:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from audiolm_pytorch.audio.padding import items_by_length
-from audiolm_pytorch.audio.waves import mono_waves
+from audiolm_pytorch.audio.waves import check_rate, mono_waves
 from audiolm_pytorch.checks.types import typed
 from musiclm_pytorch.evaluation.metrics.chroma import chroma_filters
 
@@ -32,6 +32,7 @@ class ChromaConditioner:
     def __init__(self, num_frames: int = 235, sample_hz: int = 32_000, n_fft: int = 2**14) -> None:
         if num_frames < 1 or n_fft < 4 or n_fft % 4:
             raise ValueError(f"need num_frames >= 1 and n_fft a multiple of 4, got {num_frames} and {n_fft}")
+        check_rate(sample_hz)
         self.num_frames, self.sample_hz, self.n_fft, self.hop_samples = num_frames, sample_hz, n_fft, n_fft // 4
         self._filters: Tensor | None = None
 
@@ -39,7 +40,7 @@ class ChromaConditioner:
     def __call__(self, waves: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Return the one-hot vectors `[b, num_frames, 12]` float32 of waves `[b, n]` with `lengths [b]` samples."""
         waves = mono_waves(waves, lengths, name="melody")
-        melodies = waves.new_zeros(len(waves), self.num_frames, self.num_classes)
+        melodies = torch.zeros(len(waves), self.num_frames, self.num_classes, device=waves.device)
         for items, part in items_by_length(waves, lengths):
             melodies[items] = self.expand(self.frames(part))
         return melodies

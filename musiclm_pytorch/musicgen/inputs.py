@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor
 
 from audiolm_pytorch.audio.resample import resample
-from audiolm_pytorch.audio.waves import check_rate, with_channels
+from audiolm_pytorch.audio.units import check_durations
+from audiolm_pytorch.audio.waves import check_rate, check_samples, with_channels
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.generation.prompts import read_prompts
+from audiolm_pytorch.generation.prompts import read_prompt
 from audiolm_pytorch.generation.request import Prompt
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from musiclm_pytorch.musicgen.chroma import ChromaConditioner
@@ -72,8 +72,7 @@ class MusicRequest:
 
     def __post_init__(self) -> None:
         """Check the ranges of the numbers."""
-        if self.seconds is not None and not 0 < self.seconds < inf:
-            raise ValueError(f"seconds must be positive and finite, got {self.seconds}")
+        check_durations(seconds=self.seconds)
         if self.num_samples is not None and self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
         for name in ("prompt_sample_hz", "melody_sample_hz"):
@@ -98,7 +97,8 @@ class MusicRequest:
         """Return wave `[c, n]` and rate of every prompt; `sample_hz` is the rate of waves without a rate."""
         hz = self.prompt_sample_hz or sample_hz
         empty = torch.zeros(1, 0), hz
-        return [empty if item is None else read_prompts([item], hz)[0] for item in _items(self.prompt)]
+        prompts = enumerate(_items(self.prompt))
+        return [empty if item is None else read_prompt(item, hz, f"prompt {number}") for number, item in prompts]
 
     def melodies(self, sample_hz: int, chroma: ChromaConditioner | None) -> list[Melody | None]:
         """Return the melody of every item; `sample_hz` is the rate of waves without a rate."""
@@ -108,16 +108,18 @@ class MusicRequest:
                 raise ValueError("the model has no melody condition; omit melody, or use a model with a melody")
             return []
         melodies: list[Melody | None] = []
-        for item in items:
+        for number, item in enumerate(items):
+            name = f"melody {number}"
+            if isinstance(item, Tensor) and not item.numel():
+                raise ValueError(f"{name} is empty; pass a longer melody, or None for no melody")
             if isinstance(item, Tensor) and _is_chroma(item):
+                check_samples(item, name)
                 melodies.append(Melody(frames=item.float()))
             elif item is None:
                 melodies.append(None)
             else:
-                wave, hz = read_prompts([item], self.melody_sample_hz or sample_hz)[0]
-                if not wave.shape[-1]:
-                    raise ValueError("got a melody without samples; pass a longer melody, or None for no melody")
-                mono = with_channels(wave, 1, "the melody")
+                wave, hz = read_prompt(item, self.melody_sample_hz or sample_hz, name)
+                mono = with_channels(wave, 1, name)
                 melodies.append(Melody(wave=resample(mono, hz, chroma.sample_hz)[0]))
         return melodies
 

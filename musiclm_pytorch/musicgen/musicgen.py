@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from audiolm_pytorch.audio.units import frames_inside, samples_covering
+from audiolm_pytorch.audio.units import check_durations, frames_inside, samples_covering
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor, TextEncoder
@@ -17,7 +18,7 @@ from audiolm_pytorch.generation.request import ProgressBars, WaveStreams, decode
 from audiolm_pytorch.generation.sampling import stage_generator
 from audiolm_pytorch.generation.windows import SlidingWindowDecoder
 from audiolm_pytorch.lm.compatibility import check_compatible
-from audiolm_pytorch.nn.module_state import eval_mode
+from audiolm_pytorch.nn.module_state import check_positive, eval_mode
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.sharing import SharedModel, card_text, write_card
 from audiolm_pytorch.tokens.token_batch import TokenBatch
@@ -89,6 +90,8 @@ class MusicGen(SharedModel):
     ) -> None:
         super().__init__()
         if transformer is None:
+            check_positive(dim=dim, depth=depth, heads=heads)
+            check_durations(max_seconds=max_seconds)
             if dim % heads:
                 raise ValueError(f"dim must be a multiple of heads, got dim={dim} and heads={heads}")
             seconds = self.default_max_seconds if max_seconds is None else max_seconds
@@ -212,6 +215,7 @@ class MusicGen(SharedModel):
         )
         return torch.stack(music.waves)
 
+    @typed
     @torch.no_grad()
     def generate(
         self,
@@ -265,8 +269,8 @@ class MusicGen(SharedModel):
         """
         arguments = locals()
         request = MusicRequest(**{field.name: arguments[field.name] for field in fields(MusicRequest)})
-        if fade_out_seconds < 0:
-            raise ValueError(f"fade_out_seconds must not be negative, got {fade_out_seconds}")
+        if not 0 <= fade_out_seconds < inf:
+            raise ValueError(f"fade_out_seconds must be finite and not negative, got {fade_out_seconds}")
         bars, hz = ProgressBars(), self.sample_hz
 
         def report(known: int, requested: int) -> None:
@@ -285,6 +289,7 @@ class MusicGen(SharedModel):
             bars.close()
         return GeneratedMusic([_faded(wave, round(fade_out_seconds * hz)) for wave in waves], tokens.ids, hz)
 
+    @typed
     def stream(
         self,
         texts: TextInput | None = None,
@@ -313,8 +318,7 @@ class MusicGen(SharedModel):
         """
         arguments = locals()
         request = MusicRequest(**{field.name: arguments[field.name] for field in fields(MusicRequest)})
-        if not 0 < chunk_seconds < float("inf"):
-            raise ValueError(f"chunk_seconds must be positive and finite, got {chunk_seconds}")
+        check_durations(chunk_seconds=chunk_seconds)
         with torch.no_grad(), eval_mode(self):
             decoder, sample_counts = self._decoder(request, None)
             waves = WaveStreams(self.codec, sample_counts)

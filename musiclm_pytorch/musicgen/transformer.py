@@ -7,6 +7,7 @@ from typing import Any, Literal
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.fuser import ConditionSpec
 from audiolm_pytorch.lm.stage_transformer import StageTransformer, TokenSource
+from audiolm_pytorch.nn.module_state import check_positive, check_shares
 from audiolm_pytorch.saving.modules import register
 from audiolm_pytorch.tokens.streams import Stream, exact_rate
 from musiclm_pytorch.musicgen.chroma import ChromaConditioner
@@ -64,6 +65,9 @@ class MusicGenTransformer(StageTransformer):
         token_fingerprints: Mapping[str, str] | None = None,
         checkpoint_blocks: bool = False,
     ) -> None:
+        check_positive(codebook_size=codebook_size, num_codebooks=num_codebooks, text_dim=text_dim)
+        check_positive(melody_frames=melody_frames)
+        check_shares(melody_drop_prob=melody_drop_prob)
         further = dict(conditions or {})
         if text_dim is not None:
             way: Literal["cross", "prepend"] = "cross" if melody_frames is None else "prepend"

@@ -10,15 +10,15 @@ from torch import Tensor
 from audiolm_pytorch.audio.units import exact_div
 from audiolm_pytorch.conditioning.published_text import TextConditioner
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
-from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.files import read_json, read_weights, save_tensors, staged_files, write_json
-from audiolm_pytorch.saving.hub import LoadedModel, load_tokenizer, model_of, model_settings, require_transformers
+from audiolm_pytorch.saving.hub import LoadedModel, load_tokenizer, model_settings, require_transformers
 from audiolm_pytorch.saving.modules import converted
 from audiolm_pytorch.saving.weights import load_weights, weights_of
 from musiclm_pytorch.musicgen.chroma import ChromaConditioner
 from musiclm_pytorch.musicgen.parts import (
     MusicGenParts,
     build_codec,
+    build_published,
     build_transformer,
     published_codec,
     published_text_encoder,
@@ -75,10 +75,10 @@ def read_transformers(folder: Path, origin: Mapping[str, Any]) -> MusicGenParts:
         TRANSFORMERS,
         where,
     )
-    with preserve_rng():
-        text_model = model_of(config.text_encoder.to_dict(), {"t5": "T5EncoderModel"})
+    settings, where = config.text_encoder.to_dict(), f"the weights of text_encoder in {folder}"
+    text_model = build_published(settings, {"t5": "T5EncoderModel"}, weights["text_encoder"], where)
     states = {name: tensor for name, tensor in weights["text_encoder"].items() if name not in _T5_EXCEPTIONS}
-    load_weights(text_model, states, f"the weights of text_encoder in {folder}")
+    load_weights(text_model, states, where)
     tokenizer = TextTokenizer(load_tokenizer(folder), special_tokens=True)
     return MusicGenParts(transformer, codec, TextConditioner(LoadedModel(text_model, **origin), tokenizer=tokenizer))
 

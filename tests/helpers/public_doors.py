@@ -101,6 +101,13 @@ def _unit(*shape: int) -> Tensor:
     return nn.functional.normalize(_wave(*shape), dim=-1)
 
 
+@cache
+def _musicgen() -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict(dim=16, depth=1, heads=2, max_seconds=1.0, melody=True)
+    return musiclm_pytorch.MusicGen(codec=small.small_soundstream(), **sizes)
+
+
 def _unfitted() -> Any:
     sizes: dict[str, Any] = dict(conditioning_dims=(8,), namespaces=("coarse",), rq_num_quantizers=2, codebook_size=4)
     return MuLaNEmbedQuantizer(mulan=small.small_mulan(), **sizes)
@@ -172,12 +179,41 @@ BASE: dict[str, Callable[[], dict[str, Any]]] = {
         "codebook_dim": 4,
         "num_directions": 8,
     },
-    "SoundStream": lambda: {**SOUNDSTREAM, "strides": (2, 4), "rq_num_quantizers": 2, "target_sample_hz": 8000},
+    "SoundStream": lambda: {
+        **{**SOUNDSTREAM, "strides": (2, 4), "rq_num_quantizers": 2, "target_sample_hz": 8000, "rq_groups": 1},
+        **{"attn_window_size": 8, "attn_depth": 1, "audio_channels": 1},
+    },
     "AudioLMSoundStream": lambda: SOUNDSTREAM,
     "MusicLMSoundStream": lambda: SOUNDSTREAM,
     "SpectralSoundStream": lambda: {
         **{"dim": 16, "encoder_depth": 1, "decoder_depth": 1, "hop_samples": 40, "code_dim": 4},
         **{"target_sample_hz": 8000, "codebook_size": 16, "rq_num_quantizers": 2, "audio_channels": 1},
+    },
+    "MusicGen": lambda: {
+        **{"codec": small.small_soundstream(), "dim": 16, "depth": 1, "heads": 2, "max_seconds": 1.0, "melody": True}
+    },
+    "MusicGen.generate": lambda: {
+        **{"self": _musicgen(), "seconds": 0.1, "num_samples": 1, "seeds": [0], "temperature": 1.0, "top_k": 5},
+        **{"top_p": 0.9, "guidance_scale": 2.0, "fade_out_seconds": 0.05},
+        **{"prompt_sample_hz": 8000, "melody_sample_hz": 8000},
+    },
+    "MusicGen.stream": lambda: {"self": _musicgen(), "seconds": 0.1, "chunk_seconds": 0.1, "seeds": [0]},
+    "MusicGenTransformer": lambda: {
+        **{**MODEL, "dropout": 0.1, "codebook_size": 16, "num_codebooks": 2, "num_groups": 1},
+        **{"rate_hz": 50, "text_dim": 8, "melody_frames": 4, "melody_drop_prob": 0.5, "cond_drop_prob": 0.3},
+        **{"max_seconds": 1.0},
+    },
+    "TokenTransformer": lambda: {
+        **{**MODEL, "layout": _semantic_stage().layout, "dropout": 0.1, "cond_dim": 8},
+        **{"cond_drop_prob": 0.1, "null_tokens": 2, "max_seconds": 1.0, "text_dim": 8, "text_as": "prefix"},
+    },
+    "StageTransformer": lambda: {
+        **{**MODEL, "sources": _semantic_stage().sources, "streams": _semantic_stage().layout.streams, "config": {}},
+        **{"pattern": "flat", "cond_dim": 8},
+    },
+    "AudioLM": lambda: {
+        **{"wav2vec": small.small_tokenizer(), "codec": small.small_soundstream()},
+        **small.small_stages(audio_text_condition=False),
     },
     "ChannelwiseCodec": lambda: {"codec": small.small_soundstream(), "channels": 2},
     "KMeansTokenizer": lambda: {"encoder": small.small_tokenizer().encoder, "layer": 1, "num_clusters": 4},
@@ -191,6 +227,9 @@ BASE: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "MusicLM": lambda: {
         **{"audio_lm": _musiclm().audio_lm, "mulan_embed_quantizer": _musiclm().mulan_embed_quantizer, "num_levels": 2}
+    },
+    "MusicLM.scores": lambda: {
+        **{"self": _musiclm(), "prompts": ["calm piano"], "waves": _wave(1, 2, 8000), "max_batch": 2}
     },
     "MusicLM.forward": lambda: {
         **{"self": _musiclm(), "text": "calm piano", "num_samples": 1, "seconds": 0.1, "seed": 0, "num_levels": 2},
@@ -243,11 +282,10 @@ BASE: dict[str, Callable[[], dict[str, Any]]] = {
 # Exports without a row need files, data sets, published weights or whole models. Their own tests pass wrong values.
 OTHER = set(
     """
-    AudioLM BestRQTask ClapMuLaN CoarseTransformerTrainer CodecLossWeights CodecTask CropDataset EncodecWrapper
+    BestRQTask ClapMuLaN CoarseTransformerTrainer CodecLossWeights CodecTask CropDataset EncodecWrapper
     FairseqVQWav2Vec FineTransformerTrainer GroupedQuantizer HubertWithKmeans KMeansTrainer LoopSettings MuLaNTrainer
-    MusicGen MusicGenTrainer MusicGenTransformer SemanticTokenizerTrainer SemanticTransformerTrainer SoundStreamTrainer
-    StageTransformer
-    TextTokenizer TokenShards TokenTransformer TrainLoop TransformersEncoder TransformersTextEncoder WrongCodes
+    MusicGenTrainer SemanticTokenizerTrainer SemanticTransformerTrainer SoundStreamTrainer
+    TextTokenizer TokenShards TrainLoop TransformersEncoder TransformersTextEncoder WrongCodes
     collate_crops evaluate expand extract items_digest load_items load_module load_split open_encoder read_audio
     save_module write_audio write_report write_shards main
     """.split()
@@ -255,6 +293,10 @@ OTHER = set(
 # Wrong values with a documented result: empty batches, depths of 0, seeds below 0, and tensors whose values are not
 # checked in training, because that would stop the GPU at every step (the training loop reports losses that are NaN).
 ALLOWED = {
+    "AudioLM.fine_transformer": {"None"},
+    "MusicGen.generate.seeds": {"number", "negative"},
+    "MusicGen.stream.seeds": {"number", "negative"},
+    "MusicLM.scores.waves": {"NaN", "infinite"},
     "peak_safe.wave": {"scalar", "more axes"},
     "resample.wave": {"more axes"},
     "average_latents.latents": {"more axes", "NaN", "infinite"},

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from audiolm_pytorch.audio.waves import check_rate
 from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.nn.module_state import check_positive
 from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, Metric, require_references
 from musiclm_pytorch.evaluation.report import MetricValue
 
@@ -28,6 +30,8 @@ def chroma_filters(sample_hz: int, n_fft: int) -> np.ndarray:
     A bin contributes to the pitch classes near its frequency by a Gaussian, whose width is the distance of bins, but at
     least a semitone. The weights of a bin have unit norm and are then multiplied by a Gaussian over octaves.
     """
+    check_rate(sample_hz)
+    check_positive(n_fft=n_fft)
     octaves = np.log2(np.arange(1, n_fft) * sample_hz / n_fft / _LOWEST_A_HZ)
     semitones = _NUM_CLASSES * octaves
     # The first bin (0 Hz) is placed 1.5 octaves below the second one.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from musiclm_pytorch.musicgen.chroma import ChromaConditioner
-from musiclm_pytorch.musicgen.inputs import Melody
+from musiclm_pytorch.musicgen.inputs import Melody, MusicRequest
 from musiclm_pytorch.musicgen.musicgen import MusicGen
 
 HZ = 32_000
@@ -91,3 +91,28 @@ def test_prompt_melody_and_text_together(tmp_path: Path) -> None:
         assert torch.equal(alone.tokens[0], music.tokens[item])
     other = model.generate(texts=texts, melody=tone(622.25, 2), prompt=prompts, seconds=1.6, seeds=1, temperature=0)
     assert not torch.equal(other.tokens[0], music.tokens[0])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.zeros(0, 12), "melody 0 is empty"),
+        (torch.zeros(1, 0), "melody 0 is empty"),
+        ([None, torch.full((5, 12), torch.nan)], "melody 1 contains NaN"),
+        ([None, torch.full((9000,), torch.nan)], "melody 1 contains NaN"),
+        (torch.ones(5, 12, dtype=torch.int64), "melody 0 must be a float tensor"),
+        ([None, torch.zeros(1, 1, 9)], r"melody 1 must be \[n\] or \[c, n\]"),
+    ],
+)
+def test_wrong_melodies_are_named(wrong, message: str) -> None:
+    """Waves and chroma vectors have the same checks, and the message has the number of the item."""
+    request = MusicRequest(melody=wrong)
+    with pytest.raises(ValueError, match=message):
+        request.melodies(HZ, ChromaConditioner(16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_waves_of_all_float_dtypes_have_a_melody(dtype: torch.dtype) -> None:
+    """The melody is float32, and equals that of the float32 wave."""
+    chroma, wave = ChromaConditioner(16), tone(440, 1)
+    assert torch.equal(chroma(wave.to(dtype)), chroma(wave))

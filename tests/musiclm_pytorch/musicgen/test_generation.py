@@ -154,6 +154,12 @@ def test_wrong_inputs_raise_errors(model: MusicGen) -> None:
         model.generate(seconds=0)
     with pytest.raises(ValueError, match="multiple of heads"):
         MusicGen(codec=model.codec, dim=10, heads=3)
+    for name, value in (("heads", 0), ("dim", 0), ("max_seconds", 0.0), ("max_seconds", torch.inf)):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            MusicGen(codec=model.codec, **{"dim": 8, "depth": 1, "heads": 2, name: value})
+    for fade in (-1.0, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="fade_out_seconds must be"):
+            model.generate(seconds=0.2, fade_out_seconds=fade)
     with pytest.raises(ValueError, match="no text condition"):
         MusicGen(codec=model.codec, dim=8, depth=1, heads=2).generate(texts="drums")
     with pytest.raises(ValueError, match="stride"):

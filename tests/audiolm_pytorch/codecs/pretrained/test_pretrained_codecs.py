@@ -333,6 +333,15 @@ def test_unreadable_models_raise(models, folder, tmp_path):
         Codec.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(("name", "size"), [("hidden_size", 40_000_000), ("num_lstm_layers", 20_000)])
+def test_sizes_of_a_config_are_compared_with_the_file_before_memory_is_allocated(folder, name, size):
+    """The weights would have 18 GB or more."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, name: size}))
+    with pytest.raises(ValueError, match="far more values or layers than the file"):
+        Codec.from_pretrained(folder)
+
+
 def test_weights_of_older_releases_and_of_half_precision_load(models, folder):
     """The published EnCodec files have the names of the old weight norm; half precision is loaded as float32."""
     new = load_file(folder / "model.safetensors")
