@@ -3,14 +3,15 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from beartype import BeartypeConf, beartype
 
-__all__ = ["described", "keep_arguments", "typed"]
+__all__ = ["described", "keep_arguments", "typed", "unknown_argument"]
 
 Target = TypeVar("Target", bound=Callable[..., Any])
 
@@ -66,6 +67,13 @@ def keep_arguments(instance: Any, arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if not hasattr(instance, name):
             setattr(instance, name, value)
+
+
+def unknown_argument(instance: Any, name: str, known: Iterable[str], advice: str | None = None) -> TypeError:
+    """Return the error for an argument that a class does not have, with advice or with similar names of arguments."""
+    known = list(known)
+    advice = advice or ", ".join(get_close_matches(name, known) or known)
+    return TypeError(f"{type(instance).__name__} has no argument {name!r}; use {advice}")
 
 
 def _refuse_nan(target: Callable[..., Any], arguments: inspect.BoundArguments) -> None:

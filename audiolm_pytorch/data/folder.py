@@ -13,17 +13,22 @@ __all__ = ["FolderScan", "scan_folder"]
 
 # Tables of captions in the format "AudioFolder" of Hugging Face datasets.
 _TABLE_NAMES = ("metadata.jsonl", "metadata.csv")
+_TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 # A folder `samples` beside one of these files belongs to a training run.
 _RUN_FILES, _SAMPLES = ("metrics.jsonl", "run.json"), "samples"
 
 
 @dataclass(frozen=True)
 class FolderScan:
-    """Files below a folder, sorted by path: audio files with their caption files, tables, and files left out."""
+    """Files below a folder, sorted by path: audio files with their caption files, tables, and files left out.
+
+    `unused` lists tables and text files that look like captions, but belong to no audio file.
+    """
 
     audio: dict[Path, list[Path]]
     tables: list[Path]
     rejected: list[Rejected]
+    unused: list[Path]
 
 
 @typed
@@ -43,10 +48,13 @@ def scan_folder(folder: Path, suffixes: tuple[str, ...] = AUDIO_SUFFIXES) -> Fol
     sidecars: dict[Path, list[Path]] = {}
     for sidecar in sorted(search.sidecars):
         sidecars.setdefault(sidecar.with_suffix(""), []).append(folder / sidecar)
+    described = {path.with_suffix("") for path in search.audio}
+    alone = [path for stem, paths in sidecars.items() if stem not in described for path in paths]
     return FolderScan(
         audio={folder / path: sidecars.get(path.with_suffix(""), []) for path in sorted(search.audio)},
         tables=[folder / path for path in sorted(search.tables)],
         rejected=[Rejected(folder / path, reason) for path, reason in sorted(search.rejected.items())],
+        unused=sorted([*alone, *(folder / path for path in search.unknown_tables)]),
     )
 
 
@@ -58,6 +66,7 @@ class _Search:
         self.audio: list[Path] = []
         self.sidecars: list[Path] = []
         self.tables: list[Path] = []
+        self.unknown_tables: list[Path] = []
         self.rejected: dict[Path, str] = {}
         self.searched: dict[tuple[int, int], Path] = {}
         self.links: list[Path] = []
@@ -114,6 +123,8 @@ class _Search:
             self.audio.append(path)
         elif suffix in SIDECAR_SUFFIXES:
             self.sidecars.append(path)
+        elif suffix in _TABLE_SUFFIXES:
+            self.unknown_tables.append(path)
         elif suffix in OTHER_AUDIO_SUFFIXES:
             advice = "download the file again" if suffix == ".part" else "convert it to .wav or .flac, e.g. with ffmpeg"
             self.rejected[path] = f"{suffix} cannot be decoded; {advice}"

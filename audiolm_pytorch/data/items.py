@@ -142,15 +142,17 @@ def content_digest(path: Path) -> str:
 
 
 @typed
-def items_digest(items: Sequence[AudioItem]) -> str:
-    """Hash file names, lengths, sample rates and contents of items in order, for the identity of a training run.
+def items_digest(items: Sequence[AudioItem], waves_only: bool = False) -> str:
+    """Hash file names, lengths, sample rates, contents, captions and labels of items in order.
 
-    Folders are not part of the hash, because a data set may be moved.
+    The hash is the identity of the data of a training run. Folders are not part of the hash, because a data set may be
+    moved. A training that reads only the waves passes `waves_only`, so that its captions and labels may change.
     """
-    facts = []
+    facts: list[tuple[Any, ...]] = []
     for item in items:
         digest = item.digest
         if not digest and item.load is None and item.path.is_file():
             digest = content_digest(item.path)
-        facts.append((item.path.name, item.sample_hz, item.num_samples, digest))
+        texts = () if waves_only or not (item.caption or item.labels) else (item.caption, sorted(item.labels.items()))
+        facts.append((item.path.name, item.sample_hz, item.num_samples, digest, *map(repr, texts)))
     return f"{len(items)} files, {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ _TRAIN_MANIFEST, _VALID_MANIFEST = "train.jsonl", "valid.jsonl"
 _MANIFEST_SUFFIXES = (".jsonl", ".json", ".csv")
 # Fields with the path of the audio: of this library, of Hugging Face's AudioFolder, and of NeMo.
 _PATH_FIELDS = ("audio", "file_name", "audio_filepath")
-_MAX_REJECTED_IN_LOG = 20
+_MAX_REJECTED_IN_LOG, _MAX_UNUSED_IN_LOG = 20, 5
 _MAX_READERS = 8
 
 DataSource = str | Path | Dataset | Sequence[str | Path | Dataset]
@@ -182,13 +182,20 @@ def _folder_entries(folder: Path) -> tuple[list[ItemEntry], list[Rejected]]:
     """List the audio files below a folder with their captions, and the files that are left out."""
     scan = scan_folder(folder)
     left_out = list(scan.rejected)
+    if scan.unused:
+        shown = ", ".join(printable(path.relative_to(folder)) for path in scan.unused[:_MAX_UNUSED_IN_LOG])
+        more = f" and {len(scan.unused) - _MAX_UNUSED_IN_LOG} more" if len(scan.unused) > _MAX_UNUSED_IN_LOG else ""
+        logger.warning(
+            "%s: not read: %s%s; captions of x.wav belong in x.txt, x.json or metadata.csv, a manifest is train.jsonl",
+            *(printable(folder), shown, more),
+        )
     if not scan.audio:
         reason = f": {_summary(left_out)}" if left_out else ""
         raise ValueError(printable(f"{folder}: the folder has no audio files and no {_TRAIN_MANIFEST}{reason}"))
     rows: dict[Path, dict[str, Any]] = {}
     for table in scan.tables:
         try:
-            described = dict(_rows(table, folder_of_table=True))
+            described = _joined_rows(_rows(table, folder_of_table=True))
         except (ValueError, OSError) as error:
             reason = str(error).removeprefix(f"{table}: ")
             left_out.append(Rejected(table, f"{reason}; fix or delete it, the audio files are used without it"))
@@ -198,7 +205,7 @@ def _folder_entries(folder: Path) -> tuple[list[ItemEntry], list[Rejected]]:
     entries = []
     for path, sidecars in scan.audio.items():
         labels = dict(rows.get(path, {}))
-        captions: list[str | None] = [*texts_in(labels.pop("caption", None)), *texts_in(labels.pop("captions", None))]
+        captions: list[str | None] = [*_pop_captions(labels)]
         for sidecar in sidecars:
             try:
                 caption, further = read_sidecar(sidecar)
@@ -209,6 +216,22 @@ def _folder_entries(folder: Path) -> tuple[list[ItemEntry], list[Rejected]]:
             labels |= further
         entries.append(ItemEntry(path, *caption_and_labels(labels | {"captions": captions})))
     return entries, left_out
+
+
+def _joined_rows(rows: Iterable[tuple[Path, dict[str, Any]]]) -> dict[Path, dict[str, Any]]:
+    """Join the rows of each file, which may have several captions, but not several values of a label."""
+    joined: dict[Path, dict[str, Any]] = {}
+    for path, fields in rows:
+        known = joined.setdefault(path, {"captions": []})
+        captions = [*known["captions"], *_pop_captions(fields)]
+        if differing := [name for name in known.keys() & fields.keys() if known[name] != fields[name]]:
+            raise ValueError(f"two rows of {path.name} have different {sorted(differing)}; write one row")
+        known |= {**fields, "captions": captions}
+    return joined
+
+
+def _pop_captions(fields: dict[str, Any]) -> list[str]:
+    return [*texts_in(fields.pop("caption", None)), *texts_in(fields.pop("captions", None))]
 
 
 def _manifest_entries(manifest: Path) -> list[ItemEntry]:
@@ -227,7 +250,10 @@ def _rows(manifest: Path, folder_of_table: bool = False) -> Iterator[tuple[Path,
     """
     for place, fields in manifest_rows(manifest):
         try:
-            audio = next((fields.pop(name) for name in _PATH_FIELDS if name in fields), None)
+            if not any(name in fields for name in _PATH_FIELDS):
+                hint = "; separate the columns with commas" if manifest.suffix.lower() == ".csv" else ""
+                raise ValueError(f"needs the field 'audio' (or 'file_name'), got {ascii(list(fields))[:100]}{hint}")
+            audio = next(fields.pop(name) for name in _PATH_FIELDS if name in fields)
             if not isinstance(audio, str) or not audio:
                 raise ValueError(f"the field 'audio' must be a path, got {ascii(audio)[:100]}")
             if folder_of_table and not {"caption", "captions"} & fields.keys() and isinstance(fields.get("text"), str):

@@ -1,7 +1,7 @@
 """Audio items of a torch `Dataset` of waves."""
 
 from functools import partial
-from numbers import Integral
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ def dataset_items(dataset: Dataset, sample_hz: int | None = None) -> list[AudioI
         path = Path(f"{type(dataset).__name__}[{index}]")
         try:
             items.append(_item(dataset, index, path, rate_hz))
-        except (ValueError, TypeError) as error:
-            items.append(Rejected(path, str(error)))
+        except Exception as error:  # of any kind: the data set is code of the user
+            items.append(Rejected(path, _reason(error)))
     if not items:
         raise ValueError(f"{type(dataset).__name__} has no examples; pass at least one wave")
     return items
@@ -63,8 +63,12 @@ def _item(dataset: Any, index: int, path: Path, rate_hz: int | None) -> AudioIte
 def _load(dataset: Any, index: int, path: Path) -> Tensor:
     try:
         return _example(dataset[index])[0]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{path}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if type(error) in (ValueError, TypeError) else f"{type(error).__name__}: {error}"
 
 
 def _example(example: Any) -> tuple[Tensor, int | None, Any]:
@@ -75,8 +79,14 @@ def _example(example: Any) -> tuple[Tensor, int | None, Any]:
     wave = rearrange(wave, "n -> 1 n") if wave.ndim == 1 else wave
     if wave.ndim != 2 or not wave.numel():
         raise ValueError(f"wave must be [n] or [c, n] and not empty, got shape {list(wave.shape)}")
-    rates_hz = [int(other) for other in others if isinstance(other, Integral)]
-    captions = [other for other in others if not isinstance(other, Integral)]
+    if len(wave) > wave.shape[1]:
+        raise ValueError(
+            f"wave must be [n] or [c, n], got shape {list(wave.shape)}; samples are the last axis: wave.transpose(0, 1)"
+        )
+    rates_hz = [other for other in others if isinstance(other, Real)]
+    captions = [other for other in others if not isinstance(other, Real)]
+    if not all(float(rate).is_integer() for rate in rates_hz):
+        raise ValueError(f"the sample rate must be a whole number, got {rates_hz[0]}")
     if len(rates_hz) > 1 or len(captions) > 1:
         raise ValueError(f"an example must be (wave, sample rate, caption), got {len(others)} values beside the wave")
-    return wave, rates_hz[0] if rates_hz else None, captions[0] if captions else None
+    return wave, int(rates_hz[0]) if rates_hz else None, captions[0] if captions else None

@@ -1,5 +1,6 @@
 """The token language model that is the base of every stage."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.units import check_durations
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import typed, unknown_argument
 from audiolm_pytorch.conditioning.base import Conditions
 from audiolm_pytorch.conditioning.fuser import ConditionFuser, ConditionSpec
 from audiolm_pytorch.nn.module_state import check_positive
@@ -20,6 +21,9 @@ from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import PackedTokens
 
 __all__ = ["TokenLoss", "TokenTransformer"]
+
+# Arguments that stages set themselves, and names of `**` arguments.
+_NOT_FOR_CALLERS = {"layout", "sources", "config", "streams", "cross", "causal", "stack", "options"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,10 @@ class TokenTransformer(SavedModule):
         **stack: Any,
     ) -> None:
         super().__init__()
+        for name in stack.keys() - inspect.signature(Transformer).parameters.keys():
+            classes = [one for one in type(self).__mro__ if issubclass(one, TokenTransformer)]
+            names = {argument for one in (*classes, Transformer) for argument in inspect.signature(one).parameters}
+            raise unknown_argument(self, name, sorted(names - _NOT_FOR_CALLERS))
         if not 0 <= cond_drop_prob <= 1 or null_tokens < 1:
             raise ValueError(f"need 0 <= cond_drop_prob <= 1 and null_tokens >= 1, got {cond_drop_prob}, {null_tokens}")
         check_positive(cond_dim=cond_dim, text_dim=text_dim)

@@ -23,6 +23,7 @@ from audiolm_pytorch.nn.kmeans import (
     mini_batch_size,
     vector_statistics,
 )
+from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.files import differences, write_json
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.modules import load_module, module_spec, save_module
@@ -100,10 +101,10 @@ class KMeansTrainer:
         accelerator: "accelerate.Accelerator | None" = None,
     ) -> None:
         encoder.check_layer(layer)
-        if min(num_clusters, max_tokens, num_epochs) < 1 or seed < 0 or not 0 < seconds < float("inf"):
+        if min(num_clusters, max_tokens, num_epochs) < 1 or not 0 <= seed < 2**32:  # the range of scikit-learn's seeds
             raise ValueError(
                 f"num_clusters {num_clusters}, max_tokens {max_tokens} and num_epochs {num_epochs} must be at least 1, "
-                f"seed {seed} at least 0, and seconds {seconds} positive"
+                f"and seed {seed} from 0 to 2**32 - 1"
             )
         self._encoder = encoder.truncated(layer).eval().requires_grad_(False)
         module_spec(self._encoder)  # raises here, before the work, if the tokenizer could not be saved at the end
@@ -123,7 +124,7 @@ class KMeansTrainer:
         self._origin = {
             "encoder": part_fingerprint(self._encoder),
             "layer": layer,
-            "data": items_digest(items),
+            "data": items_digest(items, waves_only=True),
             "seconds": seconds,
             "max_tokens": max_tokens,
             "seed": seed,
@@ -138,7 +139,7 @@ class KMeansTrainer:
         """Train a tokenizer, or continue an interrupted run; if the run is finished, only load its result."""
         accelerator = self._accelerator = self._accelerator or create_accelerator()
         claim = claimed_folder(self.results_folder, RUN_FILES) if accelerator.is_main_process else nullcontext()
-        with claim, stop_signals() as request:
+        with claim, stop_signals() as request, preserve_rng():
             accelerator.wait_for_everyone()
             self._check_run_folder(accelerator)
             if not self.is_finished:

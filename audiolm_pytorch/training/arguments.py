@@ -2,16 +2,19 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
-from audiolm_pytorch.checks.types import keep_arguments
+from audiolm_pytorch.checks.types import keep_arguments, unknown_argument
 
 __all__ = ["trainer_arguments"]
 
 Class = TypeVar("Class", bound=type)
+
+# Only trainers with a training loop, whose settings are `LoopSettings`, have validation items.
+_SPLIT = "(train, valid)"
 
 # Arguments of trainers in lucidrains/audiolm-pytorch, lucidrains/musiclm-pytorch, audiocraft, transformers and
 # lightning, and what replaces them.
@@ -24,7 +27,7 @@ _FORMER_NAMES = {
     "save_results_every": "validate_every",
     "log_losses_every": "log_every",
     "random_split_seed": "seed",
-    "valid_frac": "items=(train, valid), or valid_fraction of MuLaNTrainer",
+    "valid_frac": f"items={_SPLIT}, or valid_fraction of MuLaNTrainer",
     "force_clear_prev_results": "another results_folder",
     "bs": "batch_size",
     "ema": "ema_decay",
@@ -42,8 +45,8 @@ _FORMER_NAMES = {
     **dict.fromkeys(("eval_every", "eval_steps", "val_every"), "validate_every"),
     **dict.fromkeys(("logging_steps", "log_steps"), "log_every"),
     **dict.fromkeys(("scheduler", "lr_scheduler", "scheduler_kwargs", "discr_scheduler"), "schedule"),
-    **dict.fromkeys(("dataset", "ds", "data", "train_dataset", "train_dataloader"), "folder or items=(train, valid)"),
-    **dict.fromkeys(("valid_dataset", "val_dataset", "val_dataloader"), "items=(train, valid)"),
+    **dict.fromkeys(("dataset", "ds", "data", "train_dataset", "train_dataloader"), f"folder or items={_SPLIT}"),
+    **dict.fromkeys(("valid_dataset", "val_dataset", "val_dataloader"), f"items={_SPLIT}"),
     **dict.fromkeys(("accelerate_kwargs", "use_wandb_tracking"), "accelerator"),
 }
 
@@ -61,8 +64,9 @@ def trainer_arguments(settings: type | None = None) -> Callable[[Class], Class]:
         def checked_init(self: Any, *args: Any, **keywords: Any) -> None:
             for name in keywords:
                 if name not in known:
-                    suggestion = _FORMER_NAMES.get(name) or ", ".join(get_close_matches(name, known) or known)
-                    raise TypeError(f"{type(self).__name__} has no argument {name!r}; use {suggestion}")
+                    advice = _FORMER_NAMES.get(name, "")
+                    is_true = set(known) & set(re.findall(r"\w+", advice)) and (settings or _SPLIT not in advice)
+                    raise unknown_argument(self, name, known, advice if is_true else None)
             init(self, *args, **keywords)
             arguments = inspect.signature(init).bind(self, *args, **keywords)
             arguments.apply_defaults()

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -16,7 +17,9 @@ __all__ = ["changed_settings", "check_own_folder", "claimed_folder", "read_recor
 
 _LOCK_FILE = ".lock"
 # Names of files and folders that a process leaves behind if it is killed in the middle of a write.
-_PARTIAL_NAME = re.compile(r"\.writing-.*|\.chunk-.*|\..*\.partial(\.\w+)?")
+_PARTIAL_NAME = re.compile(r"\.writing-\w+|\..+\.\d+\.partial(\.\w+)?")
+# A JSON file or a safetensors file of a run has one of these texts in its first bytes.
+_OWN_BEGINNINGS, _NUM_BEGIN_BYTES = (b'"format_version"', b'"__metadata__":{"step":'), 2**10
 _MAX_SHOWN = 3
 
 logger = logger_named(__name__)
@@ -37,13 +40,19 @@ def claimed_folder(folder: Path, markers: Sequence[str]) -> Iterator[None]:
 
 
 def check_own_folder(folder: Path, markers: Sequence[str]) -> None:
-    """Raise a ValueError if a folder has files, but none of the `markers` of an earlier run."""
+    """Raise a ValueError if a folder has files, but none of the `markers` of an earlier run.
+
+    A marker counts only if a run has written it, since files of the user can have the same name.
+    """
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not existing.is_dir():
         raise ValueError(f"{existing} is a file; pass a folder for the results")
-    if not folder.exists() or any((folder / marker).exists() for marker in markers):
+    if not folder.exists():
         return
-    foreign = sorted(path.name for path in folder.iterdir() if path.name != _LOCK_FILE and not _is_partial(path.name))
+    own = [marker for marker in markers if (folder / marker).exists() and _is_own(folder / marker)]
+    if any((folder / marker).is_file() or any((folder / marker).iterdir()) for marker in own):
+        return
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in own and not _is_own_name(path.name))
     if foreign:
         more = f" and {len(foreign) - _MAX_SHOWN} more" if len(foreign) > _MAX_SHOWN else ""
         raise ValueError(
@@ -70,6 +79,21 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:  # a file system without locks
             logger.warning("%s cannot be locked (%s); start only one training in this folder", folder, error)
         yield
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether a run has written a file, or all files in a folder."""
+    if path.is_dir():
+        return all(_is_own_name(entry.name) or _is_own(entry) for entry in path.iterdir())
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        begin = file.read(_NUM_BEGIN_BYTES)
+    return any(text in begin for text in _OWN_BEGINNINGS)
+
+
+def _is_own_name(name: str) -> bool:
+    return name == _LOCK_FILE or _is_partial(name)
 
 
 def _is_partial(name: str) -> bool:
@@ -110,6 +134,7 @@ def changed_settings(
         raise ValueError(f"{folder} contains a run without settings{about}; use another folder")
     lines = differences(found, dict(expected))
     names = [line.partition(": ")[0] for line in lines]
+    _warn_of_unknown(folder, allowed, {**found, **expected})
     is_allowed = [any(f".{one}." in f".{name}." for one in allowed) for name in names]
     refused = [line for line, allow in zip(lines, is_allowed, strict=True) if not allow]
     if refused:
@@ -123,3 +148,20 @@ def changed_settings(
     if lines:
         logger.warning("%s continues%s with other settings: %s", folder, about, "; ".join(lines))
     return lines
+
+
+def _warn_of_unknown(folder: Path, allowed: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Log the names in `allowed` that no setting of a run has, with similar names."""
+    paths = _paths(settings)
+    parts = {part for path in paths for part in path.split(".")}
+    for name in [one for one in allowed if not any(f".{one}." in f".{path}." for path in paths)]:
+        similar = get_close_matches(name, parts) or sorted(parts)
+        logger.warning("allow_changed: the run in %s has no setting %r; use %s", folder, name, ", ".join(similar))
+
+
+def _paths(settings: Mapping[str, Any]) -> list[str]:
+    """Return the paths of all settings, such as "settings.seed"."""
+    paths = []
+    for name, value in settings.items():
+        paths += [f"{name}.{path}" for path in _paths(value)] if isinstance(value, dict) and value else [name]
+    return paths

@@ -158,7 +158,9 @@ class CodecTask:
             "noise_snr_db": None if noise is None else list(noise[0].snr_db),
         }
         noises = () if noise is None else (noise[0].noise, noise[1].noise)
-        self.config["data"] = items_digest([item for crops in (train, valid, *noises) for item in crops.items])
+        self.config["data"] = items_digest(
+            [item for crops in (train, valid, *noises) for item in crops.items], waves_only=True
+        )
 
     def batch(self, indices: list[tuple[int, int]]) -> CodecBatch:
         """Load the training examples of (epoch, index) pairs; shorter waves are padded with zeros."""

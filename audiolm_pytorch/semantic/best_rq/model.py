@@ -11,6 +11,7 @@ from audiolm_pytorch.checks.tracing import is_traced, split_rows
 from audiolm_pytorch.checks.types import keep_arguments, typed
 from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.transformer import build_encoder
+from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.modules import constructor_arguments, register
 from audiolm_pytorch.semantic.base import FrameEncoder
 from audiolm_pytorch.semantic.best_rq.frontend import StackedLogMel
@@ -105,7 +106,8 @@ class BestRQEncoder(FrameEncoder):
     def truncated(self, layer: int) -> "BestRQEncoder":
         """Return an independent copy of the encoder with the first `layer` layers (at least one layer)."""
         self.check_layer(layer)
-        short = type(self)(**{**self.config, "depth": max(1, layer)})
+        with preserve_rng():  # weights of this encoder replace the random ones
+            short = type(self)(**{**self.config, "depth": max(1, layer)})
         kept = short.state_dict().keys()
         short.load_state_dict({key: value for key, value in self.state_dict().items() if key in kept})
         return short.to(self.to_tokens.weight.device).train(self.training)

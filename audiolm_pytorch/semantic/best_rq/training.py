@@ -43,7 +43,7 @@ class BestRQTask:
         self.module = model
         self.phases = (Phase(self.name, (model,), self._loss),)
         self.num_items = len(train)
-        self.config = {"data": items_digest([*train.items, *valid.items])}
+        self.config = {"data": items_digest([*train.items, *valid.items], waves_only=True)}
         # Guessing has the same loss at visible tokens.
         chance_loss = (1 + model.seen_weight) * math.log(model.codebook_size)
         self.chance = {"loss": chance_loss, "accuracy": 1 / model.codebook_size}

@@ -192,7 +192,7 @@ def test_a_folder_reads_the_files_beside_its_clips(
         "one.two": ("a harp", {}),
         "upper": ("a horn", {}),
     }
-    assert report.rejected == [] and not caplog.records
+    assert report.rejected == [] and "not read: one.txt; captions" in caplog.text
     assert all(item.path.parent in (tmp_path, tmp_path / "sub") for item in report.items)
 
 
@@ -206,6 +206,26 @@ BAD_SIDECARS = {
     "latin": ("a.txt", "flöte".encode("latin-1"), "not UTF-8"),
     "large": ("a.txt", b"la " * 2**19, "shorten it to 1048576 bytes or fewer"),
 }
+
+
+def test_tables_of_captions_lose_nothing_in_silence(
+    tmp_path: Path, write_tone: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows of one file are joined, and what is not read is named: contradictions, separators, unknown tables."""
+    write_tone("a.wav", seconds=0.1)
+    table = tmp_path / "metadata.csv"
+    table.write_text("file_name,caption\na.wav,a flute\na.wav,a harp\n")
+    (tmp_path / "train.csv").write_text("audio,caption\na.wav,x\n")
+    (item,) = load_items(tmp_path).items
+    assert (item.caption, item.labels) == ("a flute", {"captions": ["a harp"]})
+    assert "not read: train.csv; captions of x.wav belong in x.txt" in caplog.text
+    for text, reason in [
+        ("file_name,mood\na.wav,calm\na.wav,wild\n", "two rows of a.wav have different ['mood']"),
+        ("file_name;caption\na.wav;a flute\n", "got ['file_name;caption']; separate the columns with commas"),
+    ]:
+        table.write_text(text)
+        (rejected,) = load_items(tmp_path).rejected
+        assert rejected.path == table and reason in rejected.reason
 
 
 @pytest.mark.parametrize("case", BAD_SIDECARS)
@@ -276,7 +296,7 @@ def test_a_missing_file_of_a_manifest_is_rejected(tmp_path: Path, write_tone: Ca
     [
         ('{"audio": "a.wav"', "line 2: the text is not JSON"),
         ('["a.wav"]', "line 2: the text must be a JSON object, {...}, got list"),
-        ('{"file": "a.wav"}', "line 2: the field 'audio' must be a path, got None"),
+        ('{"file": "a.wav"}', "line 2: needs the field 'audio' (or 'file_name'), got ['file']"),
         (
             '{"audio": "a.wav", "caption": 3}',
             "line 2: 'caption' must be a text, a list of texts, or a dict of texts, got 3",

@@ -420,7 +420,7 @@ BAD_MANIFESTS = {
     "array of texts": ('["a.wav"]', "entry 1 must be a JSON object, {...}, got str"),
     "broken array": ('[{"audio": "a.wav"}', "the text is not JSON"),
     "empty array": ("[]", "the manifest has no lines"),
-    "no path": ('[{"caption": "x"}]', "entry 1: the field 'audio' must be a path, got None"),
+    "no path": ('[{"caption": "x"}]', "entry 1: needs the field 'audio' (or 'file_name'), got ['caption']"),
     "number": ('{"file_name": 5}', "line 1: the field 'audio' must be a path, got 5"),
 }
 
@@ -547,6 +547,43 @@ def test_bad_examples_are_left_out_with_the_reason(caplog: pytest.LogCaptureFixt
 
     with pytest.raises(TypeError, match="Endless has no length"):
         dataset_items(Endless(), 16000)
+
+
+def test_examples_that_fail_are_left_out_with_the_reason() -> None:
+    """Errors of any kind in the code of the data set, transposed waves, and rates that are no whole number."""
+    wave = torch.zeros(8000)
+    wrong: list[Any] = [RuntimeError("decoder"), KeyError("x"), OSError("gone"), torch.zeros(8000, 2), (wave, 0.5)]
+
+    class Failing(Waves):
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, index: int) -> Any:
+            if index == 5:
+                return wave, 16000.0, "a rate as a float"
+            if isinstance(wrong[index], Exception):
+                raise wrong[index]
+            return wrong[index]
+
+    report = load_items(Failing(16000))
+    assert [(item.path.name, item.caption) for item in report.items] == [("Failing[5]", "a rate as a float")]
+    reasons = [
+        "RuntimeError: decoder",
+        "KeyError: 'x'",
+        "OSError: gone",
+        "wave.transpose(0, 1)",
+        "whole number, got 0.5",
+    ]
+    assert [reason in item.reason for reason, item in zip(reasons, report.rejected, strict=True)] == [True] * 5
+
+
+def test_captions_and_labels_are_part_of_the_identity() -> None:
+    """For a training that reads them; the identity for waves alone stays."""
+    items = load_items(Waves(16000)).items
+    for change in ({"caption": "other"}, {"labels": {"hard_negatives": ["a drum"]}}):
+        changed = [replace(items[0], **change), *items[1:]]
+        assert items_digest(changed) != items_digest(items)
+        assert items_digest(changed, waves_only=True) == items_digest(items, waves_only=True)
 
 
 def test_a_data_set_that_changes_is_named() -> None:

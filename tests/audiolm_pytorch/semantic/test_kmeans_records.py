@@ -25,6 +25,6 @@ def test_a_checkpoint_of_something_else_is_named(tmp_path: Path, tensors: dict[s
     """A checkpoint without the centroids and their scale is an error, never a KeyError."""
     trainer = job(write_sounds(tmp_path / "audio", [1.0] * 3), tmp_path / "run", num_clusters=4)
     CheckpointFolder(tmp_path / "run" / "kmeans").write(Checkpoint(1, tensors, {}))
-    (tmp_path / "run" / "checkpoint").mkdir()  # a run of ours
+    CheckpointFolder(tmp_path / "run").write(Checkpoint(1, {}, {}))  # a run of ours
     with pytest.raises(ValueError, match="run/kmeans/checkpoint has no state of k-means; remove"):
         trainer.train()

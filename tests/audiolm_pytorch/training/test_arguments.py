@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from audiolm_pytorch import SemanticTransformerTrainer, SoundStreamTrainer
+from audiolm_pytorch import KMeansTrainer, SemanticTransformer, SemanticTransformerTrainer, SoundStreamTrainer
 from audiolm_pytorch.codecs.training.task import CodecLossWeights
 from audiolm_pytorch.lm.trainers import StageTrainer
 from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer
@@ -104,6 +104,17 @@ def test_unknown_names_raise_an_error_with_advice(trainer: Any) -> None:
             trainer(**stage, **{name: 1}, **SIZES)
     with pytest.raises(TypeError, match="^LoopSettings has no argument 'weight_deca'; use weight_decay"):
         LoopSettings(**SIZES, weight_deca=0.1)
+
+
+@pytest.mark.parametrize("name", ["lr", "bs", "valid_dataset", "dataset", "max_steps"])
+def test_advice_is_true_for_the_class(name: str) -> None:
+    """Former names of arguments that only other trainers have are no advice."""
+    with pytest.raises(
+        TypeError, match=f"^KMeansTrainer has no argument '{name}'; use encoder, layer, .*, accelerator"
+    ):
+        KMeansTrainer(**{name: 1})
+    with pytest.raises(TypeError, match="^SemanticTransformer has no argument 'n_heads'; use heads"):
+        SemanticTransformer(num_semantic_tokens=16, dim=32, depth=1, n_heads=1)
 
 
 def test_every_former_name_has_a_replacement_here() -> None:

@@ -43,13 +43,17 @@ def test_files_of_the_user_are_not_touched(tmp_path: Path, name: str) -> None:
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file] and file.read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["checkpoint/state.json", "finished.json"])
+@pytest.mark.parametrize(
+    "name", ["checkpoint/state.json", "checkpoint.new/a.txt", "finished.json", "kmeans.json", ".photo.partial.wav"]
+)
 def test_a_file_of_the_user_with_a_name_of_ours_is_not_overwritten(tmp_path: Path, name: str) -> None:
-    """The error names the file."""
+    """The name alone does not make a folder that of a run, and the error names the file."""
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_text('{"mine": 1}')
-    with pytest.raises(ValueError, match=name.split("/")[-1]):
+    (tmp_path / "checkpoint").mkdir(exist_ok=True)
+    (tmp_path / "toy").mkdir()
+    with pytest.raises(ValueError, match=f"do not belong to a run .*{name.split('/')[0]}.*new or empty folder"):
         TrainLoop(ToyTask(), SETTINGS, tmp_path).train()
     assert file.read_text() == '{"mine": 1}'
 
@@ -148,6 +152,15 @@ def test_other_settings_continue_on_request(
     assert all(f"settings.{name}: found" in caplog.text for name in change) and f"(step {steps})" in caplog.text
     again = TrainLoop(ToyTask(), replace(settings, allow_changed=()), tmp_path)
     assert again.train() == result
+
+
+def test_names_that_no_setting_has_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With similar names; names of settings that did not change are no mistake."""
+    TrainLoop(ToyTask(), SETTINGS, tmp_path).train(stop_after_steps=1)
+    allowed = ("batchsize", "batch_size", "settings")
+    TrainLoop(ToyTask(), replace(SETTINGS, allow_changed=allowed), tmp_path).train(stop_after_steps=1)
+    (message,) = [text for text in caplog.messages if text.startswith("allow_changed: ")]
+    assert message.endswith("has no setting 'batchsize'; use batch_size")
 
 
 def test_an_average_can_begin_in_the_middle_of_a_run(tmp_path: Path) -> None:
