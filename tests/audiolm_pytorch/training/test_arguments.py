@@ -106,7 +106,7 @@ def test_unknown_names_raise_an_error_with_advice(trainer: Any) -> None:
         LoopSettings(**SIZES, weight_deca=0.1)
 
 
-@pytest.mark.parametrize("name", ["lr", "bs", "valid_dataset", "dataset", "max_steps"])
+@pytest.mark.parametrize("name", ["lr", "bs", "valid_dataset", "dataset"])
 def test_advice_is_true_for_the_class(name: str) -> None:
     """Former names of arguments that only other trainers have are no advice."""
     with pytest.raises(
