@@ -89,4 +89,4 @@ def _example(example: Any) -> tuple[Tensor, int | None, Any]:
         raise ValueError(f"the sample rate must be a whole number, got {rates_hz[0]}")
     if len(rates_hz) > 1 or len(captions) > 1:
         raise ValueError(f"an example must be (wave, sample rate, caption), got {len(others)} values beside the wave")
-    return wave, int(rates_hz[0]) if rates_hz else None, captions[0] if captions else None
+    return wave, int(float(rates_hz[0])) if rates_hz else None, captions[0] if captions else None
