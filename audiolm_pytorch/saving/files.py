@@ -192,7 +192,8 @@ def save_tensors(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[st
     """Write a safetensors file, not atomically; a full disk raises an OSError."""
     try:
         with _utf8_link(path.parent) as folder:
-            save_file(dict(weights), folder / _TEMPORARY, metadata=dict(metadata))
+            # safetensors would write invalid JSON for {}
+            save_file(dict(weights), folder / _TEMPORARY, metadata=dict(metadata) or None)
         os.replace(path.with_name(_TEMPORARY), path)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error

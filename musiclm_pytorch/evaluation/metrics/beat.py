@@ -62,7 +62,6 @@ def autocorrelation_peak(envelope: Tensor) -> tuple[float, float]:
     return float(part[best]), 60.0 * _FRAMES_PER_SECOND / (best + _LAG_FRAMES[0])
 
 
-@typed
 def is_same_tempo(tempo_bpm: float, expected_bpm: float) -> bool:
     """Whether two tempi differ by at most 8%, after one of them is multiplied by a power of two."""
     if not (tempo_bpm > 0 and expected_bpm > 0):

@@ -105,7 +105,7 @@ no layer | --encoder ENCODER --layer 3 --data SOUNDS --out TMP/out | layer must 
 few tokens | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out |
     65 tokens, too few for 500 clusters; use more audio or fewer clusters
 no clusters | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --num-clusters 0 | num_clusters
-seconds nan | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --seconds nan | seconds nan positive
+seconds nan | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --seconds nan | seconds must be a number, got NaN
 out is a file | --encoder ENCODER --layer 1 --data SOUNDS --out SOUNDS/000.wav | 000.wav is a file
 device | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --device gpu | --device gpu cannot be used
 """

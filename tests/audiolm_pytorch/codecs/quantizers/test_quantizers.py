@@ -411,7 +411,7 @@ def test_grid_steps_multiply_to_the_codebook_size():
     [
         ({"lookup_free": True, "finite_scalar": True}, "set at most one of them"),
         ({"groups": 3}, "divisor of 16"),
-        ({"groups": 0}, "divisor of 16"),
+        ({"groups": 0}, "groups must be at least 1"),
         ({"lookup_free": True, "codebook_size": 1000}, "512 or 1024"),
         ({"finite_scalar": True, "codebook_size": 2}, "3"),
     ],
