@@ -78,7 +78,11 @@ class ConditionTensor:
         missing = [longest - condition.mask.shape[1] for condition in conditions]
         embeddings = [F.pad(part.embeddings, (0, 0, 0, count)) for part, count in zip(conditions, missing)]
         masks = [F.pad(part.mask, (0, count)) for part, count in zip(conditions, missing)]
-        return cls(torch.cat(embeddings), torch.cat(masks))
+        if all(part.rows is None for part in conditions):
+            return cls(torch.cat(embeddings), torch.cat(masks))
+        rows = [part.mask if part.rows is None else part.rows for part in conditions]
+        padded = [F.pad(row, (0, count)) for row, count in zip(rows, missing)]
+        return cls(torch.cat(embeddings), torch.cat(masks), torch.cat(padded))
 
     def expand(self, batch: int) -> "ConditionTensor":
         """Repeat a condition of one item `batch` times; a condition of `batch` items is returned unchanged."""
