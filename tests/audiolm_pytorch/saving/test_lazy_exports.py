@@ -53,7 +53,8 @@ print(type(codec).__name__, sorted(rooms))
 """
     loaded, rooms = run_python("-c", program, tmp_path).stdout.splitlines()[-1].split(" ", 1)
     assert loaded == "SoundStream"
-    assert rooms == str([f"audiolm_pytorch.{room}" for room in ("audio", "checks", "codecs", "nn", "saving", "training")])
+    expected = ("audio", "checks", "codecs", "nn", "saving", "training")
+    assert rooms == str([f"audiolm_pytorch.{room}" for room in expected])
 
 
 def test_loading_draws_no_random_weights(tmp_path, monkeypatch):
