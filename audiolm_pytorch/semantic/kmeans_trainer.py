@@ -101,10 +101,11 @@ class KMeansTrainer:
         accelerator: "accelerate.Accelerator | None" = None,
     ) -> None:
         encoder.check_layer(layer)
-        if min(num_clusters, max_tokens, num_epochs) < 1 or not 0 <= seed < 2**32:  # the range of scikit-learn's seeds
+        # seeds of scikit-learn are below 2**32
+        if min(num_clusters, max_tokens, num_epochs) < 1 or not 0 <= seed < 2**32 or not 0 < seconds < 2**32:
             raise ValueError(
                 f"num_clusters {num_clusters}, max_tokens {max_tokens} and num_epochs {num_epochs} must be at least 1, "
-                f"and seed {seed} from 0 to 2**32 - 1"
+                f"seed {seed} at least 0 and below 2**32, and seconds {seconds} positive and below 2**32"
             )
         self._encoder = encoder.truncated(layer).eval().requires_grad_(False)
         module_spec(self._encoder)  # raises here, before the work, if the tokenizer could not be saved at the end

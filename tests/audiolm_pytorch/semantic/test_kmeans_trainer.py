@@ -352,6 +352,8 @@ def test_bad_settings_are_refused_before_anything_is_written(sounds, tmp_path):
         ({"layer": -1}, r"layer must be in 0\.\.3.*got -1"),
         ({"num_clusters": 0}, "num_clusters"),
         ({"seconds": 0}, "seconds .* positive"),
+        ({"seconds": 1e308}, "seconds .* positive and below"),
+        ({"seed": 2**70}, "seed .* below 2..32"),
         ({"seconds": float("nan")}, "seconds must be a number, got NaN"),
         ({"seed": -1}, "seed -1 at least 0"),
         ({"num_clusters": 2000}, "1000 tokens, too few for 2000 clusters; use more audio or fewer clusters"),
