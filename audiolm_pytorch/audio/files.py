@@ -125,11 +125,12 @@ def write_audio(path: str | Path, wave: Tensor, sample_hz: int, comment: str = "
 
 @typed
 def peak_safe(wave: Tensor, ceiling: float = 0.99) -> Tensor:
-    """Scale down a float wave of any shape, so that its peak is at most `ceiling`."""
+    """Scale down a float wave of any shape, so that its peak is at most `ceiling`.
+
+    A wave that contains NaN or infinite samples is returned as it is.
+    """
     check_dtype(wave)
     if not 0 < ceiling < float("inf"):
         raise ValueError(f"ceiling must be finite and above 0, got {ceiling}")
     peak = wave.detach().abs().amax() if wave.numel() else wave.new_zeros(())
-    if not peak < float("inf"):
-        raise ValueError("wave contains NaN or infinite samples; replace them first, e.g. with torch.nan_to_num")
-    return wave * (ceiling / peak) if peak > ceiling else wave
+    return wave * (ceiling / peak) if ceiling < peak < float("inf") else wave

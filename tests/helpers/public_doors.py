@@ -297,7 +297,7 @@ ALLOWED = {
     "MusicGen.generate.seeds": {"number", "negative"},
     "MusicGen.stream.seeds": {"number", "negative"},
     "MusicLM.scores.waves": {"NaN", "infinite"},
-    "peak_safe.wave": {"scalar", "more axes"},
+    "peak_safe.wave": {"scalar", "more axes", "NaN", "infinite"},
     "resample.wave": {"more axes"},
     "average_latents.latents": {"more axes", "NaN", "infinite"},
     "code_usage.codes": {"more axes", "negative"},
