@@ -11,7 +11,6 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.padding import checked_lengths
-from audiolm_pytorch.audio.waves import check_rate
 from audiolm_pytorch.checks.tracing import is_traced
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import StreamingCodec
@@ -89,10 +88,9 @@ class SoundStream(StreamingCodec):
         super().__init__()
         check_positive(codebook_dim=codebook_dim, channels=channels, rq_num_quantizers=rq_num_quantizers)
         check_positive(codebook_size=codebook_size, rq_groups=rq_groups, attn_window_size=attn_window_size)
-        check_positive(audio_channels=audio_channels)
+        check_positive(audio_channels=audio_channels, target_sample_hz=target_sample_hz)
         if attn_depth < 0:
             raise ValueError(f"attn_depth must be at least 0, got {attn_depth}")
-        check_rate(target_sample_hz, "target_sample_hz")
         conv: dict[str, Any] = dict(channels=audio_channels, base_dim=channels, strides=strides, dim=codebook_dim)
         conv |= dict(attn_window_size=attn_window_size, attn_depth=attn_depth)
         self.encoder: WaveEncoder = encoder or ConvEncoder(**conv)

@@ -217,7 +217,7 @@ def test_interrupted_save_is_noticed_or_harmless(tmp_path: Path, monkeypatch: py
     old, new = Leaf(), Leaf()
     save_module(old, tmp_path)
     original, calls = os.replace, 0
-    for fatal_call, expected in [(1, old), (3, None), (99, new)]:
+    for fatal_call, expected in [(1, old), (4, None), (99, new)]:
         save_module(old, tmp_path)
         calls = 0
 

@@ -216,10 +216,13 @@ def test_folder_of_another_run_is_refused(micro_data, micro_run, tmp_path):
 @pytest.mark.parametrize("content", ["[]", "null", "[" * 100_000])
 @pytest.mark.parametrize("file", ["run.json", "codec/report.json"])
 def test_a_damaged_record_of_a_run_is_named(micro_data, micro_run, tmp_path, file, content):
-    """A file that is not a JSON object raises a ValueError with its name."""
+    """A file that is not a JSON object raises a ValueError with its name; such a run.json is of no run."""
     shutil.copytree(micro_run, tmp_path / "run")
     (tmp_path / "run" / file).write_text(content)
-    with pytest.raises(ValueError, match=f"{file} (must contain a JSON object|is not a JSON file)"):
+    message = f"{file} (must contain a JSON object|is not a JSON file)"
+    if file == "run.json":
+        message = "files that do not belong to a run of this kind"
+    with pytest.raises(ValueError, match=message):
         list(Pipeline(MICRO, data=micro_data, out=tmp_path / "run").run("codec"))
 
 
@@ -230,7 +233,7 @@ def test_a_run_inside_the_data_continues(tmp_path):
     for name in ("samples", "codec/samples"):
         (data / "run" / name).mkdir(parents=True)
         shutil.copy(data / "00.wav", data / "run" / name / "1.wav")
-    (data / "run" / "run.json").write_text("{}")
+    (data / "run" / "run.json").write_text('{"format_version": 1}')
     (data / "run" / "codec" / "metrics.jsonl").write_text("{}")
     assert Pipeline(MICRO, data=data, out=data / "run").items == before
 
