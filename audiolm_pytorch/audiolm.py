@@ -29,7 +29,13 @@ from audiolm_pytorch.generation.request import (
     WaveStreams,
     decode_items,
 )
-from audiolm_pytorch.generation.sampling import DEFAULT_SAMPLING, SamplingSettings, stage_generator, update_sampling
+from audiolm_pytorch.generation.sampling import (
+    DEFAULT_SAMPLING,
+    SamplingSettings,
+    item_seeds,
+    stage_generator,
+    update_sampling,
+)
 from audiolm_pytorch.generation.windows import SlidingWindowDecoder, StagePipeline
 from audiolm_pytorch.lm.compatibility import check_compatible, check_stages_compatible
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
@@ -238,8 +244,7 @@ class AudioLM(SharedModel):
                 'sampling={"semantic": {"guidance_scale": 3.0}}, or --guidance-scale 3'
             )
         changes = change_frames(request, self.wav2vec, self.codec)
-        first_seed = torch.randint(2**62, (batch,)).tolist() if request.seeds is None else request.seeds
-        seeds = [first_seed + i for i in range(batch)] if isinstance(first_seed, int) else list(first_seed)
+        seeds = item_seeds(request.seeds, batch)
 
         def decoder_of(stage: StageTransformer, source: SlidingWindowDecoder | None) -> SlidingWindowDecoder:
             name = stage.namespace

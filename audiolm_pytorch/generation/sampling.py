@@ -16,6 +16,7 @@ __all__ = [
     "SamplingSettings",
     "filter_logits",
     "item_generators",
+    "item_seeds",
     "sample_tokens",
     "stage_generator",
     "update_sampling",
@@ -88,6 +89,13 @@ def update_sampling(
     return {**settings, **changed}
 
 
+def item_seeds(seeds: int | Sequence[int] | None, batch: int) -> list[int]:
+    """Return the seed of every item: an int n means n, n + 1, ...; None draws seeds from torch's global generator."""
+    if seeds is None:
+        return list(torch.randint(2**62, (batch,)).tolist())
+    return [seeds + item for item in range(batch)] if isinstance(seeds, int) else list(seeds)
+
+
 def item_generators(seeds: Sequence[int | torch.Generator] | None, batch: int) -> list[torch.Generator]:
     """Return one CPU generator per item, so that the noise of an item depends on its seed alone.
 
@@ -98,10 +106,10 @@ def item_generators(seeds: Sequence[int | torch.Generator] | None, batch: int) -
     Raises:
         ValueError: If the number of seeds differs from the number of items.
     """
-    item_seeds = torch.randint(2**62, (batch,)).tolist() if seeds is None else list(seeds)
-    if len(item_seeds) != batch:
-        raise ValueError(f"got {len(item_seeds)} seeds for {batch} items; pass one seed per item")
-    return [seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed) for seed in item_seeds]
+    sources = item_seeds(None, batch) if seeds is None else list(seeds)
+    if len(sources) != batch:
+        raise ValueError(f"got {len(sources)} seeds for {batch} items; pass one seed per item")
+    return [seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed) for seed in sources]
 
 
 def stage_generator(seed: int, stage: str) -> torch.Generator:

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.resample import resample
+from audiolm_pytorch.generation.sampling import item_seeds
 from musiclm_pytorch.generation.prompts import EmbeddedPrompt
 from musiclm_pytorch.mulan.joint import JointEmbedding
 
@@ -73,7 +74,7 @@ def seeds_of_candidates(num_samples: int, seed: int | None, seeds: Sequence[int]
             )
         return list(seeds)
     first = int(torch.randint(2**31, ())) if seed is None else seed
-    return [first + index for index in range(num_samples)]
+    return item_seeds(first, num_samples)
 
 
 def ranked(scores: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from audiolm_pytorch.audio.waves import check_rate, check_samples, with_channels
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.generation.prompts import read_prompt
 from audiolm_pytorch.generation.request import Prompt
-from audiolm_pytorch.generation.sampling import SamplingSettings
+from audiolm_pytorch.generation.sampling import SamplingSettings, item_seeds
 from musiclm_pytorch.musicgen.chroma import ChromaConditioner
 
 __all__ = ["AudioInput", "Melody", "MusicRequest", "TextInput"]
@@ -137,8 +137,7 @@ class MusicRequest:
 
     def item_seeds(self, batch: int) -> list[int]:
         """Return the seed of every item."""
-        first = torch.randint(2**62, (batch,)).tolist() if self.seeds is None else self.seeds
-        seeds = [first + item for item in range(batch)] if isinstance(first, int) else list(first)
+        seeds = item_seeds(self.seeds, batch)
         return seeds * batch if len(seeds) == 1 else seeds
 
 

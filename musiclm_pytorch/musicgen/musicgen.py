@@ -251,7 +251,7 @@ class MusicGen(SharedModel):
             melody: Music whose melody the result follows, in the forms of `prompt`; or chroma vectors `[f, 12]` of each
                 item in place of a wave. An item without a melody is None.
             melody_sample_hz: Sample rate in Hz of melodies that are waves; None = the rate of the codec.
-            seeds: Seed of every item; an int n stands for n, n + 1, ...; None draws seeds from torch's generator.
+            seeds: Seed of every item; an int n means n, n + 1, ...; None draws seeds from torch's generator.
             temperature: Divisor of the logits; 0 = the most likely token.
             top_k: Number of most likely tokens to sample from; None = all tokens.
             top_p: Total probability of the most likely tokens to sample from; None = all tokens.
