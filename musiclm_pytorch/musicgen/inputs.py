@@ -1,7 +1,7 @@
 """The inputs of MusicGen: texts per window, audio prompts and melodies, for one item or for several items."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,11 @@ class MusicRequest:
         for name in ("prompt_sample_hz", "melody_sample_hz"):
             if getattr(self, name) is not None:
                 check_rate(getattr(self, name), name)
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "MusicRequest":
+        """Build a request from the arguments of a call, whose other arguments are ignored."""
+        return cls(**{field.name: arguments[field.name] for field in fields(cls)})
 
     @property
     def settings(self) -> SamplingSettings:

@@ -1,7 +1,7 @@
 """MusicGen and AudioGen: music and sounds from texts, melodies and audio prompts."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -267,8 +267,7 @@ class MusicGen(SharedModel):
             ValueError: If inputs have different numbers of items, a prompt is longer than the music, or the model does
                 not accept an input.
         """
-        arguments = locals()
-        request = MusicRequest(**{field.name: arguments[field.name] for field in fields(MusicRequest)})
+        request = MusicRequest.of(locals())
         if not 0 <= fade_out_seconds < inf:
             raise ValueError(f"fade_out_seconds must be finite and not negative, got {fade_out_seconds}")
         bars, hz = ProgressBars(), self.sample_hz
@@ -316,8 +315,7 @@ class MusicGen(SharedModel):
         Raises:
             ValueError: If the codec has no `decoder_stream`, or for the reasons listed in `generate`.
         """
-        arguments = locals()
-        request = MusicRequest(**{field.name: arguments[field.name] for field in fields(MusicRequest)})
+        request = MusicRequest.of(locals())
         check_durations(chunk_seconds=chunk_seconds)
         with torch.no_grad(), eval_mode(self):
             decoder, sample_counts = self._decoder(request, None)
