@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,12 @@ class AudioItem:
         if wave.shape[1] < count:
             raise ValueError(self._changed(f"{wave.shape[1]} samples from {start_seconds:g} s, but {count} samples"))
         return wave[:, :count]
+
+    @cached_property
+    def text_facts(self) -> str:
+        """Caption and labels as JSON for `items_digest`, which is called for the same items by each trainer."""
+        texts = [repr(self.caption), repr(sorted(self.labels.items()))] if self.caption or self.labels else []
+        return json.dumps(texts)[1:-1]
 
     def _changed(self, change: str) -> str:
         return f"{self.path}: has {change} when it was listed; restore it, or start again with the changed data"
@@ -148,11 +155,13 @@ def items_digest(items: Sequence[AudioItem], waves_only: bool = False) -> str:
     The hash is the identity of the data of a training run. Folders are not part of the hash, because a data set may be
     moved. A training that reads only the waves passes `waves_only`, so that its captions and labels may change.
     """
-    facts: list[tuple[Any, ...]] = []
+    facts = []
     for item in items:
         digest = item.digest
         if not digest and item.load is None and item.path.is_file():
             digest = content_digest(item.path)
-        texts = () if waves_only or not (item.caption or item.labels) else (item.caption, sorted(item.labels.items()))
-        facts.append((item.path.name, item.sample_hz, item.num_samples, digest, *map(repr, texts)))
-    return f"{len(items)} files, {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+        wave_facts = json.dumps([item.path.name, item.sample_hz, item.num_samples, digest])[1:-1]
+        texts = "" if waves_only else item.text_facts
+        facts.append(f"[{wave_facts}, {texts}]" if texts else f"[{wave_facts}]")
+    content = f"[{', '.join(facts)}]"
+    return f"{len(items)} files, {hashlib.sha256(content.encode()).hexdigest()[:16]}"

@@ -587,6 +587,21 @@ def test_captions_and_labels_are_part_of_the_identity() -> None:
         assert items_digest(changed, waves_only=True) == items_digest(items, waves_only=True)
 
 
+def test_captions_and_labels_are_formatted_once() -> None:
+    """Every trainer of a pipeline asks for the digest of the same items, which may be many thousands."""
+
+    class Counted:
+        count = 0
+
+        def __repr__(self) -> str:
+            Counted.count += 1
+            return "counted"
+
+    items = [AudioItem(Path("a.wav"), "a drum", {"label": Counted()}, 16000, 8000, digest="8:00")]
+    assert len({items_digest(items) for _ in range(3)}) == 1 and Counted.count == 1
+    assert items_digest([replace(items[0])]) == items_digest(items) and Counted.count == 2
+
+
 def test_a_data_set_that_changes_is_named() -> None:
     """An example that is shorter when it is read again."""
 

@@ -1,6 +1,7 @@
 """Checkpoints: an interruption at any instant leaves one whole generation."""
 
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -142,7 +143,7 @@ def test_mixed_and_damaged_generations_are_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint" / "model.safetensors").write_bytes(old)
     for damaged in (old, old[:-3]):
         (tmp_path / "checkpoint" / "model.safetensors").write_bytes(damaged)
-        with pytest.raises(ValueError, match="model.safetensors has changed since it was written, its SHA-256 differs"):
+        with pytest.raises(ValueError, match="model.safetensors has changed since it was written, its digest differs"):
             checkpoints.read()
     (tmp_path / "checkpoint" / "state.json").write_text('{"format_version": 99}')
     with pytest.raises(ValueError, match="format_version 99"):
@@ -208,7 +209,7 @@ def test_two_damaged_checkpoints_are_one_error(tmp_path: Path) -> None:
     assert checkpoints.path.exists() and checkpoints.previous.exists()
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"format_version": 2}', '{"format_version": 2, "step": "1"}'])
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"format_version": 3}', '{"format_version": 3, "step": "1"}'])
 def test_altered_state_is_a_named_error(tmp_path: Path, content: str) -> None:
     """A state file with other content raises a ValueError with the name of the file, never a KeyError."""
     checkpoints = CheckpointFolder(tmp_path)
@@ -216,3 +217,21 @@ def test_altered_state_is_a_named_error(tmp_path: Path, content: str) -> None:
     (checkpoints.path / "state.json").write_text(content)
     with pytest.raises(ValueError, match="state.json"):
         checkpoints.recovered()
+
+
+def test_flips_and_exchanged_blocks_of_a_large_file_are_found(tmp_path: Path) -> None:
+    """The digest covers all blocks of a file, the rest after the last block, and the order of the blocks."""
+    checkpoints = CheckpointFolder(tmp_path)
+    large = torch.randn(50_001, generator=torch.Generator().manual_seed(0))
+    checkpoints.write(Checkpoint(1, {"model": {"weight": large}}, {}))
+    file = tmp_path / "checkpoint" / "model.safetensors"
+    content, block, rng = file.read_bytes(), 2**16, random.Random(0)
+    damages = [content[block : 2 * block] + content[:block] + content[2 * block :]]
+    for place in [0, len(content) - 1, *(rng.randrange(len(content)) for _ in range(30))]:
+        damages.append(content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :])
+    for damaged in damages:
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="its digest differs"):
+            checkpoints.read()
+    file.write_bytes(content)
+    assert torch.equal(checkpoints.read().tensors["model"]["weight"], large)
