@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from audiolm_pytorch.conditioning.base import ConditionTensor as ConditionTensor
     from audiolm_pytorch.conditioning.fuser import ConditionSpec as ConditionSpec
     from audiolm_pytorch.conditioning.published_text import TextConditioner as TextConditioner
+    from audiolm_pytorch.generation.entropy_coder import EntropyCoder as EntropyCoder
     from audiolm_pytorch.generation.request import (
         GeneratedAudio as GeneratedAudio,
         GenerationRequest as GenerationRequest,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         FineTransformerWrapper as FineTransformerWrapper,
         SemanticTransformerWrapper as SemanticTransformerWrapper,
     )
+    from audiolm_pytorch.lm.entropy_transformer import EntropyTransformer as EntropyTransformer
     from audiolm_pytorch.lm.stages import (
         CoarseTransformer as CoarseTransformer,
         FineTransformer as FineTransformer,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     )
     from audiolm_pytorch.lm.trainers import (
         CoarseTransformerTrainer as CoarseTransformerTrainer,
+        EntropyTransformerTrainer as EntropyTransformerTrainer,
         FineTransformerTrainer as FineTransformerTrainer,
         SemanticTransformerTrainer as SemanticTransformerTrainer,
     )

@@ -13,6 +13,7 @@ from audiolm_pytorch import DacWrapper, EncodecWrapper, FairseqVQWav2Vec, MimiWr
 from audiolm_pytorch.codecs.channelwise import ChannelwiseCodec
 from audiolm_pytorch.codecs.discriminators import encodec_discriminators, soundstream_discriminators
 from audiolm_pytorch.conditioning.base import ConditionTensor
+from audiolm_pytorch.lm.entropy_transformer import EntropyTransformer
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.nn.film import FiLM
 from audiolm_pytorch.saving.hub import LoadedModel
@@ -167,6 +168,10 @@ MODULES = {
     "SemanticTransformer": (lambda: small.small_stages()["semantic_transformer"], stage_loss),
     "CoarseTransformer": (lambda: small.small_stages()["coarse_transformer"], stage_loss),
     "FineTransformer": (lambda: small.small_stages()["fine_transformer"], stage_loss),
+    "EntropyTransformer": (
+        lambda: EntropyTransformer(dim=16, depth=1, heads=2, codebook_size=16, num_quantizers=3),
+        lambda model: [model(model.packed(AudioTokens({"acoustic": torch.randint(16, (2, 10, 3))}, {}))).loss],
+    ),
     "MusicGenTransformer": (
         lambda: MusicGenTransformer(
             dim=16, depth=1, heads=2, dim_head=8, codebook_size=16, num_codebooks=3, text_dim=8

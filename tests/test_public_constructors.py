@@ -19,6 +19,7 @@ ARGUMENTS = {
     "SemanticTransformer": STAGE,
     "CoarseTransformer": {**STAGE, "codebook_size": 16, "num_coarse_quantizers": 2},
     "FineTransformer": {**MODELS, "codebook_size": 16, "num_coarse_quantizers": 2, "num_fine_quantizers": 2},
+    "EntropyTransformer": {**MODELS, "codebook_size": 16, "num_quantizers": 2},
     "MusicGenTransformer": {**MODELS, "codebook_size": 16, "num_codebooks": 2, "num_groups": 1, "rate_hz": 50},
     "AudioSpectrogramTransformer": {**MODELS, "num_mels": 16, "spec_n_fft": 512},
     "TextTransformer": {**MODELS, "num_tokens": 256},

@@ -2,8 +2,10 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,12 +15,12 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.saving.files import check_seal, check_version, open_weights, read_weights, write_weights
 
-__all__ = ["CodesInfo", "StoredCodes", "is_code_file", "read_codes", "write_codes"]
+__all__ = ["CodesCompressor", "CodesInfo", "StoredCodes", "is_code_file", "read_codes", "write_codes"]
 
 _SUFFIX = ".safetensors"
 _FORMAT_VERSION = 1
 _MAX_INTEGER = 2**53  # exact also as a float
-_CODES, _SCALES, _HEADER = "codes", "scales", "audio_codes"
+_CODES, _SCALES, _HEADER, _COMPRESSION = "codes", "scales", "audio_codes", "compression"
 
 
 @dataclass(frozen=True)
@@ -109,23 +111,48 @@ class StoredCodes:
             )
 
 
+@runtime_checkable
+class CodesCompressor(Protocol):
+    """Lossless compression of codes, such as `EntropyCoder`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the probabilities, which must be equal when codes are read."""
+
+    def encode(self, codes: Tensor) -> dict[str, Tensor]:
+        """Compress codes `[f, q]` to named tensors."""
+
+    def decode(self, tensors: Mapping[str, Tensor], num_frames: int, num_levels: int) -> Tensor:
+        """Return the codes `[num_frames, num_levels]`; raise a ValueError if the tensors are damaged."""
+
+
 @typed
-def write_codes(path: str | Path, stored: StoredCodes) -> None:
+def write_codes(path: str | Path, stored: StoredCodes, compressor: CodesCompressor | None = None) -> int:
     """Write codes to a safetensors file; no partly written file appears at its path. Missing folders are created.
 
     The tensor `codes [f, q]` is int16, or int32 for codebooks of more than 2^15 codes; `scales [s]` is float32. The
     header entry `audio_codes` is a JSON object with `format_version` and the fields of `CodesInfo`. The header also has
-    a digest of the whole content.
+    a digest of the whole content. With a `compressor`, its tensors replace `codes`, and the header entry `compression`
+    is a JSON object with its fingerprint and the shape of the codes.
+
+    Returns:
+        Number of bytes of all tensors.
     """
     path = Path(path)
     if path.suffix != _SUFFIX:
         raise ValueError(f"cannot write codes to {path}; use a file name that ends in {_SUFFIX}")
     dtype = torch.int16 if stored.info.codebook_size <= 2**15 else torch.int32
     header = json.dumps({"format_version": _FORMAT_VERSION, **asdict(stored.info)})
-    tensors = {_CODES: stored.codes.to(dtype)}
+    tensors, metadata = {_CODES: stored.codes.to(dtype)}, {_HEADER: header}
+    if compressor is not None:
+        tensors = compressor.encode(stored.codes)
+        num_frames, num_levels = stored.codes.shape
+        shape = {"num_frames": num_frames, "num_levels": num_levels}
+        metadata[_COMPRESSION] = json.dumps({"fingerprint": compressor.fingerprint, **shape})
     if stored.scales is not None:
         tensors[_SCALES] = stored.scales
-    write_weights(path, tensors, {_HEADER: header}, sealed=True)
+    write_weights(path, tensors, metadata, sealed=True)
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 @typed
@@ -139,18 +166,18 @@ def is_code_file(path: str | Path) -> bool:
 
 
 @typed
-def read_codes(path: str | Path) -> StoredCodes:
-    """Read and check a file that `write_codes` wrote; raise a ValueError if it is damaged or of another format."""
+def read_codes(path: str | Path, compressor: CodesCompressor | None = None) -> StoredCodes:
+    """Read and check a file that `write_codes` wrote; raise a ValueError if it is damaged or of another format.
+
+    Compressed codes need the `compressor` that wrote them, with the same model.
+    """
     tensors, metadata = read_weights(path)
-    if _CODES not in tensors or tensors.keys() - {_CODES, _SCALES} or _HEADER not in metadata:
+    is_compressed = _COMPRESSION in metadata
+    if _HEADER not in metadata or not (is_compressed or tensors.keys() - {_SCALES} == {_CODES}):
         raise ValueError(f"{path} is not a file of codes; create a file of codes with write_codes")
     if len(metadata) > 1:  # earlier releases wrote no digest
         check_seal(path, tensors, metadata)
-    try:
-        header = json.loads(metadata[_HEADER])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: the header is damaged ({error})") from error
-    header = check_version(header, _FORMAT_VERSION, path)
+    header = check_version(_json_header(path, metadata[_HEADER]), _FORMAT_VERSION, path)
     del header["format_version"]
     names = {field.name for field in fields(CodesInfo)}
     if header.keys() != names:
@@ -158,10 +185,35 @@ def read_codes(path: str | Path) -> StoredCodes:
             f"{path}: the header lacks the entries {sorted(names - header.keys())} and has the unknown entries "
             f"{sorted(header.keys() - names)}; encode the sound again"
         )
-    codes = tensors[_CODES]
-    if codes.dtype not in (torch.int16, torch.int32):
-        raise ValueError(f"{path}: codes must be int16 or int32, got {codes.dtype}; encode the sound again")
+    scales = tensors.pop(_SCALES, None)
     try:
-        return StoredCodes(codes.long(), CodesInfo(**header), tensors.get(_SCALES))
+        if is_compressed:
+            codes = _decompressed(tensors, _json_header(path, metadata[_COMPRESSION]), compressor)
+        else:
+            codes = tensors[_CODES]
+            if codes.dtype not in (torch.int16, torch.int32):
+                raise ValueError(f"codes must be int16 or int32, got {codes.dtype}; encode the sound again")
+        return StoredCodes(codes.long(), CodesInfo(**header), scales)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _json_header(path: str | Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: the header is damaged ({error})") from error
+
+
+def _decompressed(tensors: Mapping[str, Tensor], facts: Any, compressor: CodesCompressor | None) -> Tensor:
+    """Decode compressed codes; `facts` is the header entry `compression`."""
+    shape = [facts.get(name) for name in ("num_frames", "num_levels")] if isinstance(facts, dict) else []
+    if not shape or any(type(size) is not int or not 1 <= size <= _MAX_INTEGER for size in shape):
+        raise ValueError("the header has no number of frames and levels; encode the sound again")
+    fingerprint = None if compressor is None else compressor.fingerprint
+    if compressor is None or facts.get("fingerprint") != fingerprint:
+        raise ValueError(
+            f"the codes are compressed by the entropy model {facts.get('fingerprint')!r:.60}, got the model "
+            f"{fingerprint}; pass the model that encoded the sound (--entropy)"
+        )
+    return compressor.decode(tensors, facts["num_frames"], facts["num_levels"])

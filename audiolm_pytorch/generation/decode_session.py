@@ -21,6 +21,9 @@ from audiolm_pytorch.tokens.streams import PackedTokens
 
 __all__ = ["DecodeSession", "Decoded"]
 
+# Selects tokens `[b, cells]` for logits `[b, cells, v]` and noise `[b, cells]`.
+Sampler = Callable[[Tensor, Tensor, SamplingSettings], Tensor]
+
 # Number of rows between checks for NaN on a GPU, because copying a result to the CPU stalls the GPU.
 _ROWS_BETWEEN_CHECKS = 64
 
@@ -69,6 +72,7 @@ class DecodeSession:
             `allow_eos=True` is slower on a GPU, because every row waits for the sampled tokens of the row before.
         transformer: The attribute `transformer` of a finished session with the same model, whose prepared weights this
             session uses again if they are unchanged; None = prepare the weights.
+        sampler: Function that selects the missing tokens of a row, in the order of the columns.
 
     Raises:
         ValueError: If the inputs do not fit the layout of the model, the number of seeds differs from the number of
@@ -92,6 +96,7 @@ class DecodeSession:
         callback: Callable[[int, int], None] | None = None,
         allow_eos: bool = False,
         transformer: CachedTransformer | None = None,
+        sampler: Sampler = sample_tokens,
     ) -> None:
         self.settings = settings if settings is not None else SamplingSettings()
         batch = len(next(iter(streams.values()))) if streams else batch_size
@@ -107,7 +112,7 @@ class DecodeSession:
             )
         grid = layout.grid(streams, num_frames, batch, lengths)
         self.model, self.conditioning, self.negative = model, conditioning, negative or {}
-        self.callback, self.allow_eos = callback, allow_eos
+        self.callback, self.allow_eos, self.sampler = callback, allow_eos, sampler
         self.batch, self.copies = batch, 1 if scale == 1 else 2
         packed = grid.packed.to(model.device)
         # Empty cells contain the id of the zero embedding.
@@ -270,7 +275,7 @@ class DecodeSession:
                 if len(without_frame):
                     logits[without_frame, place, -1] = float("-inf")
         index = _cells_of_items(items, rows, [cell.column for cell in cells], self.batch)
-        tokens = sample_tokens(logits, self.noise[index], self.settings)
+        tokens = self.sampler(logits, self.noise[index], self.settings)
         self.ids[index] = tokens + heads.first_ids
         ends: dict[int, int] = {}
         for place, (_, column) in enumerate(cells):

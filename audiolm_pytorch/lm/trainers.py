@@ -1,4 +1,4 @@
-"""Trainers of the three stages of AudioLM."""
+"""Trainers of the three stages of AudioLM, and of the entropy model of a codec."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from audiolm_pytorch.data.crops import crop_seconds
 from audiolm_pytorch.data.manifest import AudioSplit, DataSource, training_items
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.lm.compatibility import agreed_fingerprints, check_compatible
+from audiolm_pytorch.lm.entropy_transformer import EntropyTransformer
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.lm.task import StageTask
@@ -28,7 +29,13 @@ from audiolm_pytorch.training.arguments import trainer_arguments
 if TYPE_CHECKING:
     import accelerate
 
-__all__ = ["CoarseTransformerTrainer", "FineTransformerTrainer", "SemanticTransformerTrainer", "StageTrainer"]
+__all__ = [
+    "CoarseTransformerTrainer",
+    "EntropyTransformerTrainer",
+    "FineTransformerTrainer",
+    "SemanticTransformerTrainer",
+    "StageTrainer",
+]
 
 TABLE_FILE = "conditioning_table.safetensors"
 
@@ -244,4 +251,15 @@ class FineTransformerTrainer(StageTrainer):
 
     @typed
     def __init__(self, *, transformer: FineTransformer, codec: Codec | None = None, **options: Any) -> None:
+        super().__init__(transformer, codec=codec, **options)
+
+
+class EntropyTransformerTrainer(StageTrainer):
+    """Trainer of the entropy model of a codec, with the arguments of `StageTrainer`.
+
+    Crops of 5 to 10 seconds are long enough, because the model codes sound in windows of at most 512 frames.
+    """
+
+    @typed
+    def __init__(self, *, transformer: EntropyTransformer, codec: Codec | None = None, **options: Any) -> None:
         super().__init__(transformer, codec=codec, **options)

@@ -123,7 +123,8 @@ class _RowBuffers:
     def __init__(self, stack: Transformer, batch: int) -> None:
         weight = cast(Block, stack.blocks[0]).attention.to_qkv.weight
         # On a CPU, norms, sums and attention of one row are faster in float32, also if the weights are bfloat16.
-        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        is_on_cpu = weight.device.type == "cpu"
+        dtype = torch.promote_types(weight.dtype, torch.float32) if is_on_cpu else weight.dtype
         options: dict[str, Any] = {"device": weight.device, "dtype": dtype}
         heads, num_kv, dim_head = stack.heads, stack.kv_heads, stack.dim_head
         self.stack, self.batch, self.options = stack, batch, options

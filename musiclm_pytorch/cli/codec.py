@@ -15,9 +15,12 @@ from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.audio.formats import AUDIO_SUFFIXES, WRITE_SUBTYPES
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.codecs.code_file import is_code_file, read_codes, write_codes
+from audiolm_pytorch.codecs.code_file import CodesCompressor, is_code_file, read_codes, write_codes
 from audiolm_pytorch.codecs.transcode import FileCodec, is_decoded_file
 from audiolm_pytorch.data.folder import scan_folder
+from audiolm_pytorch.generation.entropy_coder import EntropyCoder
+from audiolm_pytorch.lm.compatibility import check_compatible
+from audiolm_pytorch.lm.entropy_transformer import EntropyTransformer
 from audiolm_pytorch.saving.files import write_json
 from audiolm_pytorch.saving.text import printable
 from musiclm_pytorch.cli.checks import ModelOptions, check_file, check_folder, device_named
@@ -44,6 +47,14 @@ class _WithCodec(ModelOptions, ABC):
         """Load the selected codec onto the selected device."""
         return Codec.from_pretrained(**self.source_of(self.codec), device=device_named(self.device))
 
+    def entropy_coder(self, name: str | None, codec: Codec) -> CodesCompressor | None:
+        """Load the entropy model with this name, and check that it was trained on codes of `codec`."""
+        if name is None:
+            return None
+        model = EntropyTransformer.from_pretrained(**self.source_of(name))
+        check_compatible(model, codec=codec)
+        return EntropyCoder(model)
+
     def execute(self) -> int:
         """Check that the input exists, run the command and return its exit status."""
         if not self.source.exists():
@@ -63,6 +74,8 @@ class Encode(_WithCodec):
     """File to write (.safetensors); for a folder the folder to write, with the same tree."""
     levels: int | None = None
     """Keep only the first code levels; default: all."""
+    entropy: str | None = None
+    """Shorten the codes with this entropy model: a folder that EntropyTransformerTrainer wrote."""
 
     def run(self) -> int:
         """Encode the files and return the exit status."""
@@ -77,6 +90,8 @@ class Decode(_WithCodec):
     """File to write (.wav, .flac or .ogg); for a folder the folder to write, with the same tree."""
     levels: int | None = None
     """Decode only the first code levels; default: all stored levels."""
+    entropy: str | None = None
+    """Folder of the entropy model that encoded the sounds, if they were encoded with one."""
     original_rate: bool = False
     """Resample to the rate of the encoded file; default: the codec's rate."""
     suffix: str = ".wav"
@@ -109,15 +124,17 @@ CodecCommand = Encode | Decode | Evaluate
 def _encode(command: Encode) -> int:
     pairs = _pairs(command.source, command.out, _sounds_in, _CODES_SUFFIXES)
     file_codec = FileCodec(command.open_codec())
+    entropy_coder = command.entropy_coder(command.entropy, file_codec.codec)
 
     def encode(source: Path, target: Path) -> str:
         stored = file_codec.encode(source, command.levels)
-        write_codes(target, stored)
+        coded_kbps = 8 * write_codes(target, stored, entropy_coder) / stored.seconds / 1000
         num_frames, num_levels = stored.codes.shape
         file_kbps = 8 * target.stat().st_size / stored.seconds / 1000
+        entropy_coded = "" if entropy_coder is None else f", {coded_kbps:.2f} kbps entropy-coded"
         return (
-            f"{stored.seconds:.2f} s, {num_frames} frames of {num_levels} levels, {stored.kbps:.2f} kbps of codes, "
-            f"{file_kbps:.2f} kbps as a file"
+            f"{stored.seconds:.2f} s, {num_frames} frames of {num_levels} levels, {stored.kbps:.2f} kbps of codes"
+            f"{entropy_coded}, {file_kbps:.2f} kbps as a file"
         )
 
     return _for_each(pairs, encode, is_code_file)
@@ -131,9 +148,10 @@ def _decode(command: Decode) -> int:
     suffixes = (command.suffix, *(suffix for suffix in WRITE_SUBTYPES if suffix != command.suffix))
     pairs = _pairs(command.source, command.out, _codes_in, suffixes)
     file_codec = FileCodec(command.open_codec())
+    entropy_coder = command.entropy_coder(command.entropy, file_codec.codec)
 
     def decode(source: Path, target: Path) -> str:
-        stored = read_codes(source)
+        stored = read_codes(source, entropy_coder)
         file_codec.decode(stored, target, command.levels, command.original_rate)
         sample_hz = stored.info.original_sample_hz if command.original_rate else stored.info.sample_hz
         return f"{stored.seconds:.2f} s at {sample_hz} Hz"

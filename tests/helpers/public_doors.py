@@ -167,6 +167,7 @@ BASE: dict[str, Callable[[], dict[str, Any]]] = {
     "SemanticTransformer": lambda: {**STAGE, "rate_hz": 25},
     "CoarseTransformer": lambda: {**STAGE, "codebook_size": 16, "num_coarse_quantizers": 2, "rate_hz": 50},
     "FineTransformer": lambda: {**MODEL, "codebook_size": 16, "num_coarse_quantizers": 2, "num_fine_quantizers": 2},
+    "EntropyTransformer": lambda: {**MODEL, "codebook_size": 16, "num_quantizers": 2, "num_groups": 1, "rate_hz": 50},
     "AudioSpectrogramTransformer": lambda: {
         **{**MODEL, "num_mels": 16, "spec_n_fft": 512, "patch_size": 8, "sample_hz": 8000, "dropout": 0.1},
         **{"spec_aug_stretch_factor": 1.0, "spec_aug_freq_mask": 0.1, "spec_aug_time_mask": 0.1, "patch_dropout": 0.1},
@@ -283,6 +284,7 @@ BASE: dict[str, Callable[[], dict[str, Any]]] = {
 OTHER = set(
     """
     BestRQTask ClapMuLaN CoarseTransformerTrainer CodecLossWeights CodecTask CropDataset EncodecWrapper
+    EntropyCoder EntropyTransformerTrainer
     FairseqVQWav2Vec FineTransformerTrainer GroupedQuantizer HubertWithKmeans KMeansTrainer LoopSettings MuLaNTrainer
     MusicGenTrainer SemanticTokenizerTrainer SemanticTransformerTrainer SoundStreamTrainer
     TextTokenizer TokenShards TrainLoop TransformersEncoder TransformersTextEncoder WrongCodes

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.codecs import SoundStream
 from audiolm_pytorch.codecs.code_file import read_codes
 from audiolm_pytorch.codecs.transcode import FileCodec
+from audiolm_pytorch.lm.entropy_transformer import EntropyTransformer
 from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.modules import load_module, save_module
 from tests.helpers.bad_input import bad_input, check_bad_input, listing
@@ -133,6 +135,30 @@ def test_printed_bitrates_are_those_of_codes_and_file(musiclm_command, codec, wr
     assert float(file) == pytest.approx(8 * out.stat().st_size / 2.0 / 1000, abs=0.005)
 
 
+def test_entropy_coding(musiclm_command, codec, write_tone, tmp_path, capsys):
+    """The decoded sound is that of the raw codes; the printed rate is that of the written tensors."""
+    sound, folder, raw = write_tone("a.wav", 0.4, 8000), tmp_path / "entropy", tmp_path / "raw.safetensors"
+    coded = tmp_path / "coded.safetensors"
+    sizes = dict(codebook_size=16, num_quantizers=3, rate_hz=800, dim=16, depth=1, heads=2)
+    fingerprints = {"acoustic": load_module(codec).fingerprint()}
+    save_module(EntropyTransformer(**sizes, token_fingerprints=fingerprints), folder)
+    encode, decode = ("codec", "encode", sound, "--codec", codec), ("codec", "decode", "--codec", codec)
+    assert musiclm_command(*encode, "--out", raw, "--levels", 2) == 0
+    assert musiclm_command(*encode, "--out", coded, "--levels", 2, "--entropy", folder) == 0
+    kbps = re.search(r"6.40 kbps of codes, ([\d.]+) kbps entropy-coded, ", capsys.readouterr().out)[1]
+    with safe_open(coded, framework="pt") as opened:
+        num_bytes = sum(opened.get_tensor(name).nbytes for name in opened.keys())
+    assert float(kbps) == pytest.approx(8 * num_bytes / 0.4 / 1000, abs=0.005)
+    for codes, options in ((raw, ()), (coded, ("--entropy", folder))):
+        assert musiclm_command(*decode, codes, "--out", codes.with_suffix(".wav"), *options) == 0
+    assert raw.with_suffix(".wav").read_bytes() == coded.with_suffix(".wav").read_bytes()
+    assert musiclm_command(*decode, coded, "--out", tmp_path / "b.wav") == 2
+    assert re.fullmatch(r"musiclm: .*compressed by the entropy model .*--entropy.*\n", capsys.readouterr().err)
+    other = saved_codec(tmp_path / "other", seed=1)
+    assert musiclm_command(*encode[:3], "--codec", other, "--out", raw, "--entropy", folder) == 2
+    assert "different fingerprints" in capsys.readouterr().err
+
+
 def test_evaluate_prints_a_table_and_writes_json(musiclm_command, codec, sounds, tmp_path, capsys):
     """One row per number of levels; unreadable files are named."""
     words = ("codec", "evaluate", sounds, "--codec", codec, "--levels", 1, 2)
@@ -172,6 +198,8 @@ no codec | encode TONE --out TMP/a.safetensors --codec tinny | tinny.*bundled mo
 no codec in folder | encode TONE --out TMP/a.safetensors --codec EMPTY | empty.*config.json
 no such levels | encode TONE --out TMP/a.safetensors --codec CODEC --levels 4 | tone.wav: .* 1..3, got 4
 device | encode TONE --out TMP/a.safetensors --codec CODEC --device tpu9 | --device tpu9 cannot be used
+no entropy model | encode TONE --out TMP/a.safetensors --codec CODEC --entropy CODEC |
+    holds a SoundStream, but a EntropyTransformer is needed
 no codes | decode TONE --out TMP/a.wav --codec CODEC | tone.wav is not a readable safetensors file
 weights | decode CODEC/model.safetensors --out TMP/a.wav --codec CODEC | is not a file of codes
 codes of another | decode CODES --out TMP/a.wav --codec OTHER |
