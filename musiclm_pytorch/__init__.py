@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     )
     from musiclm_pytorch.mulan.captions import CaptionSampler as CaptionSampler
     from musiclm_pytorch.mulan.trainer import MuLaNTrainer as MuLaNTrainer
+    from musiclm_pytorch.musicgen.augmentation import Mixing as Mixing, TextAugmentation as TextAugmentation
     from musiclm_pytorch.musicgen.musicgen import AudioGen as AudioGen, MusicGen as MusicGen
+    from musiclm_pytorch.musicgen.stereo import stereo_from_mono as stereo_from_mono
+    from musiclm_pytorch.musicgen.text_tower import TextTowerEncoder as TextTowerEncoder
     from musiclm_pytorch.musicgen.trainer import MusicGenTrainer as MusicGenTrainer
     from musiclm_pytorch.musicgen.transformer import MusicGenTransformer as MusicGenTransformer
     from musiclm_pytorch.musiclm import MusicLM as MusicLM

@@ -22,12 +22,14 @@ from musiclm_pytorch import (
     SigmoidContrastiveLearning,
     SoftmaxContrastiveLearning,
     TextTokenizer,
+    TextTransformer,
     TransformersTextEncoder,
 )
 from musiclm_pytorch.evaluation.classifier import AttributeClassifier
 from musiclm_pytorch.evaluation.clip_features import ClipFeatures
 from musiclm_pytorch.evaluation.musicnn import MusicNN
 from musiclm_pytorch.mulan import ClapMuLaN
+from musiclm_pytorch.musicgen.text_tower import TextTowerEncoder
 from musiclm_pytorch.musicgen.transformer import MusicGenTransformer
 from tests.helpers import small_models as small
 from tests.helpers.published_vq_wav2vec import vq_settings, write_vq_wav2vec
@@ -202,6 +204,10 @@ MODULES = {
     "TransformersEncoder": (hubert, lambda encoder: [encoder.features(WAVE)[0]]),
     "TextConditioner": (
         lambda: TextConditioner(bert(), tokenizer=TextTokenizer()),
+        lambda encoder: [encoder(["a low tone", "b"]).embeddings],
+    ),
+    "TextTowerEncoder": (
+        lambda: TextTowerEncoder(TextTransformer(dim=16, depth=1, heads=2, dim_head=8)),
         lambda encoder: [encoder(["a low tone", "b"]).embeddings],
     ),
     "TransformersTextEncoder": (

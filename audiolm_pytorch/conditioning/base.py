@@ -156,7 +156,10 @@ class Conditioner(SavedModule, ABC):
 
 
 class TextEncoder(SavedModule, ABC):
-    """Base class of frozen text encoders, which return one hidden state per text token as a condition tensor."""
+    """Base class of text encoders, which return one hidden state per text token as a condition tensor.
+
+    A trainer also trains those parameters of an encoder that require gradients.
+    """
 
     dim: int  # width of the hidden states
 
@@ -166,7 +169,7 @@ class TextEncoder(SavedModule, ABC):
 
     @abstractmethod
     def forward(self, texts: str | Sequence[str]) -> ConditionTensor:
-        """Return hidden states `[b, t, dim]` float32 of one or several texts, without gradients."""
+        """Return hidden states `[b, t, dim]` float32 of one or several texts."""
 
     def states_of(self, texts: Sequence[str | None], device: torch.device) -> ConditionTensor | None:
         """Return the hidden states of items on a device; items whose text is None are unconditional.

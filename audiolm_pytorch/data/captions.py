@@ -18,6 +18,7 @@ __all__ = [
     "is_encodable",
     "manifest_rows",
     "read_sidecar",
+    "tags_in",
     "texts_in",
 ]
 
@@ -33,6 +34,17 @@ def texts_in(value: Any) -> list[str]:
     Repeated texts, blank texts and values that are not texts are left out; the order does not change.
     """
     return list(dict.fromkeys(leaf for leaf in _leaves(value) if isinstance(leaf, str) and leaf.strip()))
+
+
+@typed
+def tags_in(labels: dict[str, Any]) -> list[str]:
+    """Return a text like `genre: rock` for each label that is a text, a number or a list of texts."""
+    tags = []
+    for name, value in labels.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+        text = f"{value:g}" if is_number else ", ".join(texts_in(value))
+        tags += [f"{name}: {text}"] if text else []
+    return tags
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -36,7 +36,7 @@ class StageTask:
         valid: Validation data.
         audio_conditioner: Conditioner; needed by a stage that is conditioned on codes.
         text_conditioner: Text encoder; needed by a stage with a `text_dim`; items without a caption are trained
-            unconditionally.
+            unconditionally. Parameters of the encoder that require gradients are trained with the stage.
         level_drop_prob: Probability that training drops the last levels of the conditioning codes of an item, so that
             the stage learns to work with the first levels; the number of dropped levels is random.
         history_noise: Largest share of the predicted tokens that random tokens replace in the input of the stage, so
@@ -92,6 +92,11 @@ class StageTask:
         parts: dict[str, nn.Module] = {"transformer": transformer}
         if audio_conditioner is not None:
             parts["condition"] = audio_conditioner.table(transformer.namespace)
+        self.trains_text = text_conditioner is not None and any(
+            parameter.requires_grad for parameter in text_conditioner.parameters()
+        )
+        if text_conditioner is not None and self.trains_text:
+            parts["text"] = text_conditioner
         self.module = nn.ModuleDict(parts)
         self.phases = (Phase(transformer.namespace, (self.module,), self.loss),)
         self.num_items = len(train)

@@ -1,6 +1,7 @@
 """Trainers of the three stages of AudioLM, and of the entropy model of a codec."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,14 @@ from audiolm_pytorch.lm.entropy_transformer import EntropyTransformer
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.lm.task import StageTask
-from audiolm_pytorch.lm.training_data import ConditionFunction, ShardSource, StageSource, WaveSource
+from audiolm_pytorch.lm.training_data import (
+    ConditionFunction,
+    ShardSource,
+    StageSource,
+    TextFunction,
+    WaveFunction,
+    WaveSource,
+)
 from audiolm_pytorch.saving.files import write_weights
 from audiolm_pytorch.saving.modules import save_module
 from audiolm_pytorch.saving.text import logger_named
@@ -56,8 +64,8 @@ class StageTrainer:
             used.
         codec: Codec; needed by a stage with acoustic tokens; with `shards`, only its fingerprint is used.
         audio_conditioner: Conditioner; needed by a stage with `audio_text_condition`.
-        text_conditioner: Frozen text encoder; needed by a stage with a `text_dim`; each epoch uses the next caption of
-            a recording.
+        text_conditioner: Text encoder; needed by a stage with a `text_dim`; each epoch uses the next caption of a
+            recording. Parameters of the encoder that require gradients are trained with the stage.
         folder: Folder of audio files, manifest, torch `Dataset` of waves, or a list of them (see `load_items`).
         items: Training and validation items, or one or two torch data sets, instead of `folder`.
         shards: Token shards, instead of `folder` and `items`.
@@ -79,6 +87,10 @@ class StageTrainer:
             instead of its audio.
         conditioners: Functions that compute further conditions of the stage from a `WaveBatch`, by condition name; not
             allowed with `shards`, which store the condition embeddings.
+        augment_text: Function that changes the caption of a recording in training: `(caption, tags, rng) -> caption`,
+            where a caption may be None, and tags are the texts of `tags_in`.
+        augment_waves: Function that changes the waves and captions of a training batch: `(WaveBatch, rng) ->
+            WaveBatch`; not allowed with `shards`.
         **settings: Further fields of `LoopSettings`, such as `learning_rate` or `optimizer`.
     """
 
@@ -107,6 +119,8 @@ class StageTrainer:
         level_weights: Sequence[float] = (),
         text_prob: float = 0.0,
         conditioners: Mapping[str, ConditionFunction] | None = None,
+        augment_text: TextFunction | None = None,
+        augment_waves: WaveFunction | None = None,
         **settings: Any,
     ) -> None:
         modules = wav2vec, codec, audio_conditioner, text_conditioner
@@ -123,7 +137,9 @@ class StageTrainer:
                 raise ValueError("got shards and audio files; pass only one of folder, items and shards")
             if conditioners:
                 raise ValueError("got conditioners and shards; store the condition embeddings in the shards instead")
-            train = ShardSource(shards, transformer, text_prob=text_prob, **options)
+            if augment_waves is not None:
+                raise ValueError("got augment_waves and shards, which have no waves; pass audio files instead")
+            train = ShardSource(shards, transformer, text_prob=text_prob, augment_text=augment_text, **options)
             valid = ShardSource(valid_shards or shards, transformer, **options)
         else:
             if valid_shards is not None:
@@ -134,7 +150,8 @@ class StageTrainer:
                 folder, items, min_seconds=token_seconds, channels=channels, sample_hz=sample_hz
             )
             options |= {"wav2vec": wav2vec, "codec": codec, "conditioners": conditioners}
-            train = WaveSource(train_items, transformer, text_prob=text_prob, **options)
+            augmentations: dict[str, Any] = {"augment_text": augment_text, "augment_waves": augment_waves}
+            train = WaveSource(train_items, transformer, text_prob=text_prob, **augmentations, **options)
             valid = WaveSource(valid_items, transformer, **options)
         if transformer.text_dim is not None and not train.has_captions:
             raise ValueError(
@@ -143,7 +160,7 @@ class StageTrainer:
             )
         if shards is None:
             _warn_of_unused(transformer, wav2vec, codec, train, bool(conditioners))
-        self.transformer, self.conditioner = transformer, audio_conditioner
+        self.transformer, self.conditioner, self.text_conditioner = transformer, audio_conditioner, text_conditioner
         all_shards = [part for part in (shards, valid_shards) if part is not None]
         self.task = StageTask(
             transformer,
@@ -159,6 +176,9 @@ class StageTrainer:
             token_fingerprints=agreed_fingerprints(transformer, *modules, all_shards),
         )
         self.task.config |= {"data": f"{train.digest}, {valid.digest}", "crop_seconds": seconds, "text_prob": text_prob}
+        for name, function in {"augment_text": augment_text, "augment_waves": augment_waves}.items():
+            if function is not None:
+                self.task.config[name] = repr(function) if is_dataclass(function) else type(function).__qualname__
         if transformer.max_seconds is None:
             transformer.max_seconds = train.crop_seconds
         self.results_folder = Path(results_folder or f"./results/{transformer.namespace}_transformer")
@@ -177,7 +197,10 @@ class StageTrainer:
 
     def _set_fingerprints(self) -> None:
         """Store the fingerprints of tokenizers and conditioners in the trained stage."""
-        self.transformer.token_fingerprints = dict(self.task.token_fingerprints)
+        fingerprints = dict(self.task.token_fingerprints)
+        if self.text_conditioner is not None and self.task.trains_text:
+            fingerprints["text_encoder"] = self.text_conditioner.fingerprint()
+        self.transformer.token_fingerprints = fingerprints
 
     def _save(self) -> None:
         """Save the table of condition embeddings, and then the stage, so that a saved stage always has its table."""

@@ -17,7 +17,7 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditioner, ConditionTensor
 from audiolm_pytorch.data.batches import CropBatch, collate_crops
-from audiolm_pytorch.data.captions import decode_texts
+from audiolm_pytorch.data.captions import decode_texts, tags_in
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.data.items import AudioItem, items_digest
 from audiolm_pytorch.data.manifest import captions_of
@@ -27,10 +27,10 @@ from audiolm_pytorch.lm.tokenizing import sample_rates, tokenize
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.training.distributed import to_device
 
-__all__ = ["ShardSource", "StageInput", "StageSource", "WaveSource"]
+__all__ = ["ShardSource", "StageInput", "StageSource", "TextFunction", "WaveFunction", "WaveSource"]
 
-# Added to the seed, so that the random numbers for captions differ from those for crops.
-_TEXT_DRAW = 1
+# Added to the seed, so that the random numbers for captions, words and mixtures differ from those for crops.
+_TEXT_DRAW, _WORD_DRAW, _MIX_DRAW = 1, 2, 3
 # A tokenizer loses or adds a few frames at the ends of a recording (HuBERT has 49 per second instead of 50).
 _LOST_FRAMES, _LOST_SHARE = 3, Fraction(1, 10)
 
@@ -56,6 +56,10 @@ class StageInput:
     conditions: dict[str, ConditionTensor] = field(default_factory=dict)
 
 
+# Changes the caption of a recording (or None) for an epoch, given its tags; see `tags_in`.
+TextFunction = Callable[[str | None, Sequence[str], np.random.Generator], str | None]
+
+
 class StageSource(ABC):
     """Base class of the training data of a stage. Each epoch uses the next caption of a recording.
 
@@ -63,11 +67,17 @@ class StageSource(ABC):
         audio_conditioner: Conditioner; needed by a stage that is conditioned on codes.
         text_prob: Probability that the conditioning codes of a recording are computed from its caption instead of its
             audio.
-        seed: Seed of the random crops and of the random choice between caption and audio.
+        seed: Seed of the random crops, of the random choice between caption and audio, and of augmentations.
+        augment_text: Augmentation of the caption of a recording; None = captions do not change.
     """
 
     def __init__(
-        self, transformer: StageTransformer, audio_conditioner: Conditioner | None, text_prob: float, seed: int
+        self,
+        transformer: StageTransformer,
+        audio_conditioner: Conditioner | None,
+        text_prob: float,
+        seed: int,
+        augment_text: TextFunction | None = None,
     ) -> None:
         if not 0 <= text_prob <= 1:
             raise ValueError(f"text_prob must be a probability in [0, 1], got {text_prob}")
@@ -76,6 +86,7 @@ class StageSource(ABC):
                 f"text_prob={text_prob} needs an audio_conditioner; pass an audio_conditioner, or set text_prob=0"
             )
         self.conditioner, self.text_prob, self.seed = audio_conditioner, text_prob, seed
+        self.augment_text = augment_text
         self.uses_captions = transformer.text_dim is not None
 
     @abstractmethod
@@ -110,10 +121,12 @@ class StageSource(ABC):
         draw = np.random.default_rng([self.seed, epoch, index, _TEXT_DRAW]).random()
         return bool(draw < self.text_prob)
 
-
-def _caption_in_turn(captions: Sequence[str], epoch: int) -> str | None:
-    """Select the caption of a recording for an epoch; return None if the recording has no caption."""
-    return captions[epoch % len(captions)] if captions else None
+    def caption(self, captions: Sequence[str], tags: Sequence[str], epoch: int, index: int) -> str | None:
+        """Select and augment the caption of a recording for an epoch; None if the recording has no caption."""
+        caption = captions[epoch % len(captions)] if captions else None
+        if self.augment_text is None:
+            return caption
+        return self.augment_text(caption, tags, np.random.default_rng([self.seed, epoch, index, _WORD_DRAW]))
 
 
 @dataclass(frozen=True)
@@ -134,6 +147,7 @@ class WaveBatch:
 
 
 ConditionFunction = Callable[[WaveBatch], Tensor | ConditionTensor]
+WaveFunction = Callable[[WaveBatch, np.random.Generator], WaveBatch]
 
 
 class WaveSource(StageSource):
@@ -148,6 +162,7 @@ class WaveSource(StageSource):
         conditioners: Functions that compute the embeddings `[b, d]` or `[b, m, d]` of a further condition from a
             `WaveBatch`, by condition name; an optional attribute `sample_hz` of a function is the sample rate of its
             input waves.
+        augment_waves: Augmentation of the waves and captions of a batch; None = no augmentation.
     """
 
     @typed
@@ -163,8 +178,11 @@ class WaveSource(StageSource):
         conditioners: Mapping[str, ConditionFunction] | None = None,
         text_prob: float = 0.0,
         seed: int = 0,
+        augment_text: TextFunction | None = None,
+        augment_waves: WaveFunction | None = None,
     ) -> None:
-        super().__init__(transformer, audio_conditioner, text_prob, seed)
+        super().__init__(transformer, audio_conditioner, text_prob, seed, augment_text)
+        self.augment_waves = augment_waves
         self.wav2vec, self.codec = wav2vec, codec
         self.rates_hz = sample_rates(transformer.kinds, wav2vec, codec)
         self.conditioners = dict(conditioners or {})
@@ -178,6 +196,7 @@ class WaveSource(StageSource):
         channels = 1 if codec is None else codec.channels
         self.crops = CropDataset(items, seconds, [*self.rates_hz.values(), *conditioners_hz], seed, channels=channels)
         self.captions = [captions_of(item) for item in items]
+        self.tags = [tags_in(item.labels) if augment_text is not None else [] for item in items]
 
     def __len__(self) -> int:
         """Number of files."""
@@ -202,14 +221,13 @@ class WaveSource(StageSource):
     def batch(self, indices: Sequence[tuple[int, int]]) -> WaveBatch:
         """Return one crop for each pair (epoch, file index), at the rates of the tokenizers and conditioners."""
         crops = collate_crops([self.crops.get(epoch, index) for epoch, index in indices])
-        captions = [_caption_in_turn(self.captions[index], epoch) for epoch, index in indices]
+        captions = [self.caption(self.captions[index], self.tags[index], epoch, index) for epoch, index in indices]
         labels = [self.crops.items[index].labels for _, index in indices]
-        captioned = [
-            number
-            for number, (epoch, index) in enumerate(indices)
-            if captions[number] is not None and self.draws_text(epoch, index)
-        ]
-        return WaveBatch(crops, captions, labels, torch.tensor(captioned, dtype=torch.long))
+        pairs = enumerate(indices)
+        captioned = [number for number, pair in pairs if captions[number] is not None and self.draws_text(*pair)]
+        batch = WaveBatch(crops, captions, labels, torch.tensor(captioned, dtype=torch.long))
+        rng = np.random.default_rng([self.seed, *indices[0], _MIX_DRAW])
+        return batch if self.augment_waves is None else self.augment_waves(batch, rng)
 
     def read(self, batch: WaveBatch) -> StageInput:
         """Compute the tokens and the conditions of a batch of crops."""
@@ -275,7 +293,8 @@ class ShardSource(StageSource):
     Shards need fields with the tokens of the stage: `semantic [t]`, `acoustic [f, q]`, extra streams by name. For a
     conditioner, shards need the field `latents [w, d]` of w windows at equal distances; for `text_prob > 0`,
     `text_latents [k, d]` of k captions; for a `text_dim`, `captions` (see `encode_texts`); for a further condition, a
-    field with its name, `[d]` or `[embeddings, d]`. Extra streams without a rate are not cropped.
+    field with its name, `[d]` or `[embeddings, d]`. `augment_text` receives the texts in the field `tags`, if there is
+    one. Extra streams without a rate are not cropped.
 
     Args:
         transformer: Language model of the stage; its streams declare the rates of the tokens.
@@ -292,8 +311,9 @@ class ShardSource(StageSource):
         audio_conditioner: Conditioner | None,
         text_prob: float = 0.0,
         seed: int = 0,
+        augment_text: TextFunction | None = None,
     ) -> None:
-        super().__init__(transformer, audio_conditioner, text_prob, seed)
+        super().__init__(transformer, audio_conditioner, text_prob, seed, augment_text)
         optional = {
             "latents": audio_conditioner is not None,
             "text_latents": text_prob > 0,
@@ -305,6 +325,7 @@ class ShardSource(StageSource):
             raise ValueError(f"{shards.folder} has fields {sorted(shards.fields)}, the stage needs {sorted(needed)}")
         layout = transformer.layout
         self.shards, self.seconds = shards, seconds
+        self.texts = {"captions", "tags"} & set(shards.fields) if self.uses_captions else set()
         self.rate_hz, self.alignment = layout.predicted[0].exact_hz, layout.frame_alignment
         kinds = {stream: transformer.sources[stream.name].kind for stream in layout.streams}
         # By kind: frames per predicted frame.
@@ -336,9 +357,8 @@ class ShardSource(StageSource):
     @property
     def has_captions(self) -> bool:
         """Whether any recording in the shards has a caption."""
-        if "captions" not in self.shards.fields:
-            return False
-        return any(decode_texts(self.shards[index]["captions"]) for index in range(len(self)))
+        records = range(len(self)) if "captions" in self.shards.fields else ()
+        return any(decode_texts(self.shards[index]["captions"]) for index in records)
 
     @property
     def digest(self) -> str:
@@ -396,7 +416,8 @@ class ShardSource(StageSource):
                 position = start / (num_frames - count) if num_frames > count else 0.5
                 number = round(position * (len(latents) - 1))
             latent = torch.from_numpy(latents[number].astype(np.float32))
-        caption = _caption_in_turn(decode_texts(record["captions"]), epoch) if self.uses_captions else None
+        captions, tags = (decode_texts(record[name]) if name in self.texts else [] for name in ("captions", "tags"))
+        caption = self.caption(captions, tags, epoch, index)
         conditions: dict[str, Tensor] = {}
         for name, way in self.ways.items():
             embeddings = torch.from_numpy(np.atleast_2d(record[name]).astype(np.float32))

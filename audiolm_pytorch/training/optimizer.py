@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.training.distributed import PersistentBuffers, average_gradients, broadcast_tensors
 from audiolm_pytorch.training.task import LoopSettings, LossOutput, OptimizerChoice, Phase, ScheduleChoice
 
 if TYPE_CHECKING:
     import accelerate
 
-__all__ = ["PhaseOptimizer", "learning_rate_at"]
+__all__ = ["PhaseOptimizer", "inverse_square_root", "learning_rate_at"]
 
 
 class PhaseOptimizer:
@@ -216,6 +217,18 @@ def learning_rate_at(
     last_step = max(num_train_steps - 1, warmup_steps + 1)
     progress = min(1.0, (step - warmup_steps) / (last_step - warmup_steps))
     return peak * (final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+@typed
+def inverse_square_root(optimizer: Optimizer, warmup_steps: int) -> LRScheduler:
+    """Build a schedule for `LoopSettings(schedule=partial(inverse_square_root, warmup_steps=3000))`.
+
+    After a linear warm-up, the learning rate is proportional to the inverse square root of the step (arXiv:1706.03762,
+    eq. 3). The peak is the learning rate of the optimizer.
+    """
+    if warmup_steps < 1:
+        raise ValueError(f"warmup_steps must be at least 1, got {warmup_steps}")
+    return LambdaLR(optimizer, lambda step: min((step + 1) / warmup_steps, math.sqrt(warmup_steps / (step + 1))))
 
 
 def _encoded(value: Any, name: str) -> Any:

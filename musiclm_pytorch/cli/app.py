@@ -27,6 +27,8 @@ _COMMANDS = {
     "convert": ("ConvertCommand", "Convert published checkpoints to safetensors, and MusicCaps."),
     "evaluate": ("EvaluateCommand", "Evaluate generated music, a semantic tokenizer or encoder, or a MuLaN or CLAP."),
 }
+# Words after `train` that are no steps of the pipeline and have other options (and modules) -> class in the module.
+_TRAININGS = {"kmeans": "TrainKmeans", "musicgen": "TrainMusicGen"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,10 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if words[:2] == ["train", "kmeans"]:  # `train` expects a step there, and kmeans has other options
-            from musiclm_pytorch.cli.kmeans import TrainKmeans
-
-            command = _parsed(TrainKmeans, words[2:], prog="musiclm train kmeans")
+        if words[:1] == ["train"] and words[1:2] and words[1] in _TRAININGS:
+            class_ = getattr(import_module(f"musiclm_pytorch.cli.{words[1]}"), _TRAININGS[words[1]])
+            command = _parsed(class_, words[2:], prog=f"musiclm train {words[1]}")
         elif words and words[0] in _COMMANDS:  # the modules of the other commands are not imported
             class_, about = _command(words[0])
             command = _parsed(class_, words[1:], prog=f"musiclm {words[0]}", description=about)

@@ -19,7 +19,7 @@ class Train(ModelOptions):
     """Run one step of the training pipeline, or all steps in order.
 
     To continue an interrupted training, run the same command again. To train a semantic tokenizer on a layer of any
-    encoder, see `musiclm train kmeans --help`.
+    encoder, see `musiclm train kmeans --help`; to train a MusicGen, see `musiclm train musicgen --help`.
     """
 
     step: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STEP")]
@@ -52,8 +52,8 @@ class Train(ModelOptions):
         from musiclm_pytorch.pipeline.pipeline import Pipeline, check_step
         from musiclm_pytorch.pipeline.presets import preset_named
 
-        if self.step == "kmeans":
-            raise ValueError("kmeans must be the first word after train; see musiclm train kmeans --help")
+        if self.step in ("kmeans", "musicgen"):
+            raise ValueError(f"{self.step} must be the first word after train; see musiclm train {self.step} --help")
         check_step(self.step)
         preset = preset_named(self.preset).scaled(self.scale)
         parts = _pretrained_parts(self)

@@ -64,8 +64,11 @@ class MusicGen(SharedModel):
         dim: Width of a new language model.
         depth: Number of blocks of a new language model.
         heads: Number of attention heads of a new language model.
+        num_codebooks: Number of codes per frame of a new language model, the first levels of the codec; None = all.
         max_seconds: Longest duration in the training of a new language model; longer music is generated in windows.
             None = the default of the class, 30 s for MusicGen.
+        cond_drop_prob: Probability that training drops all conditions of an item; for a new language model.
+        melody_drop_prob: Probability that training drops only the melody of an item; for a new language model.
     """
 
     main_file = CARD
@@ -86,7 +89,10 @@ class MusicGen(SharedModel):
         dim: int = 1024,
         depth: int = 24,
         heads: int = 16,
+        num_codebooks: int | None = None,
         max_seconds: float | None = None,
+        cond_drop_prob: float = 0.3,
+        melody_drop_prob: float = 0.5,
     ) -> None:
         super().__init__()
         if transformer is None:
@@ -101,12 +107,14 @@ class MusicGen(SharedModel):
                 heads=heads,
                 dim_head=dim // heads,
                 codebook_size=codec.codebook_size,
-                num_codebooks=codec.num_quantizers,
+                num_codebooks=codec.num_quantizers if num_codebooks is None else num_codebooks,
                 num_groups=getattr(codec, "num_groups", 1),
                 rate_hz=f"{codec.target_sample_hz}/{codec.downsample_factor}",
                 text_dim=None if text_conditioner is None else text_conditioner.dim,
                 melody_frames=max(1, round(_FRAMES_OF_30_SECONDS * seconds / 30)) if melody else None,
                 max_seconds=seconds,
+                cond_drop_prob=cond_drop_prob,
+                melody_drop_prob=melody_drop_prob,
             )
         if (transformer.text_dim is None) != (text_conditioner is None):
             raise ValueError(
@@ -347,9 +355,11 @@ class MusicGen(SharedModel):
             raise ValueError("the model has no text condition; omit texts, or build it with a text_conditioner")
         waves, melodies = request.prompts(self.sample_hz), request.melodies(self.sample_hz, self.chroma)
         batch = request.num_items(texts=len(schedules), prompt=len(waves), melody=len(melodies))
-        prompt = TokenBatch.empty(batch, self.codec.num_quantizers)
+        num_codebooks = self.transformer.layout.predicted[0].num_levels
+        prompt = TokenBatch.empty(batch, num_codebooks)
         if waves:
-            prompt = acoustic_tokens(waves, self.codec, self.device).expand(batch)
+            encoded = acoustic_tokens(waves, self.codec, self.device).expand(batch)
+            prompt = TokenBatch(encoded.ids[..., :num_codebooks], encoded.lengths)
         prompt_seconds = [wave.shape[-1] / hz for wave, hz in waves] or [0.0]
         seconds = [
             self.default_seconds + before if request.seconds is None else request.seconds for before in prompt_seconds

@@ -21,7 +21,9 @@ from musiclm_pytorch.musicgen.transformers_format import MODEL_TYPES, read_trans
 __all__ = ["CARD", "is_musicgen", "load_musicgen_parts", "read_own_parts", "write_own_parts"]
 
 CARD = "musicgen.json"
-_MAIN_FILES = (CARD, "config.json", AUDIOCRAFT_FILES[0])
+# Of the model, below the folder of a trainer or of `musiclm train musicgen`.
+_RUN_FOLDERS = ("musicgen", "musicgen/musicgen")
+_MAIN_FILES = (CARD, *(f"{folder}/{CARD}" for folder in _RUN_FOLDERS), "config.json", AUDIOCRAFT_FILES[0])
 _PARTS: dict[str, Any] = {"transformer": MusicGenTransformer, "codec": Codec, "text_conditioner": TextEncoder}
 
 
@@ -30,6 +32,7 @@ def load_musicgen_parts(
 ) -> MusicGenParts:
     """Load the parts of a model from a folder or the hub; `MusicGen.from_pretrained` documents the arguments."""
     folder, commit = find_folder(source, needs=_MAIN_FILES, **hub)
+    folder = _model_folder(folder)
     if commit is not None and not (folder / CARD).is_file() and not _is_transformers(folder):
         folder, commit = find_folder(source, files=[*AUDIOCRAFT_FILES, "README.md"], **hub)
     licence = licence_of(folder, source) or LoadedModel.licence
@@ -51,7 +54,7 @@ def load_musicgen_parts(
 def is_musicgen(source: str | Path, **hub: Any) -> bool:
     """Whether a folder or a hub id has a MusicGen; only JSON files are downloaded."""
     folder, commit = find_folder(source, needs=_MAIN_FILES, files=["*.json"], **hub)
-    if (folder / CARD).is_file() or _model_type(folder) in MODEL_TYPES:
+    if (_model_folder(folder) / CARD).is_file() or _model_type(folder) in MODEL_TYPES:
         return True
     # Models on the hub with only the files of audiocraft have no JSON files.
     return (folder / AUDIOCRAFT_FILES[0]).is_file() or (commit is not None and not any(folder.rglob("*.json")))
@@ -72,6 +75,11 @@ def write_own_parts(folder: Path, parts: MusicGenParts, dtype: torch.dtype | Non
     write_model_folder(
         folder, CARD, {name: part for name, part in modules.items() if part is not None}, {}, dtype, exact
     )
+
+
+def _model_folder(folder: Path) -> Path:
+    """Return the folder of the model in the folder of a training, or else `folder`."""
+    return next((folder / run for run in ("", *_RUN_FOLDERS) if (folder / run / CARD).is_file()), folder)
 
 
 def _is_transformers(folder: Path) -> bool:

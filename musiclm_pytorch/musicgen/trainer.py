@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils.data import Dataset
 
 from audiolm_pytorch.checks.types import typed
@@ -22,7 +23,7 @@ __all__ = ["MusicGenTrainer"]
 
 
 class MusicGenTrainer(StageTrainer):
-    """Trainer of the language model of a MusicGen; codec and text encoder are frozen. Runs can be resumed.
+    """Trainer of the language model of a MusicGen with a frozen codec. Runs can be resumed.
 
     The loss is the mean cross-entropy of all codes. Captions of a manifest are the texts, and the chroma of the crop is
     the melody. After training, the whole model is in the folder `musicgen` of `results_folder`, for `from_pretrained`.
@@ -31,9 +32,11 @@ class MusicGenTrainer(StageTrainer):
         musicgen: The model; trained in place.
         folder: Folder of audio files, manifest, torch `Dataset` of waves, or a list of them (see `load_items`).
         items: Training and validation items, or one or two torch data sets, instead of `folder`.
-        shards: Token shards, instead of `folder` and `items`; for models without a melody.
+        shards: Token shards, instead of `folder` and `items`; a model with a melody needs the field `melody` with the
+            chroma vectors `[melody_frames, 12]` of every record.
         lora_rank: Rank of the updates of all linear layers, which are trained instead of all weights (LoRA,
-            arXiv:2106.09685) and merged after training; None = train all weights.
+            arXiv:2106.09685) and merged after training; None = train all weights, and those parameters of the text
+            encoder that require gradients.
         lora_scale: Factor of the updates.
         data_max_length_seconds: Length of a crop; None = the `max_seconds` of the model.
         results_folder: Folder for checkpoints, metrics and the trained model.
@@ -58,8 +61,12 @@ class MusicGenTrainer(StageTrainer):
     ) -> None:
         chroma, transformer = musicgen.chroma, musicgen.transformer
         seconds = transformer.max_seconds if data_max_length_seconds is None else data_max_length_seconds
+        self._frozen: list[Parameter] = []
         if lora_rank is not None:
             add_low_rank(transformer, lora_rank, lora_scale)
+            text = musicgen.text_conditioner
+            self._frozen = [] if text is None else [weight for weight in text.parameters() if weight.requires_grad]
+            self._require_gradients(False)
         super().__init__(
             transformer,
             codec=musicgen.codec,
@@ -71,7 +78,7 @@ class MusicGenTrainer(StageTrainer):
             num_train_steps=num_train_steps,
             data_max_length_seconds=seconds,
             results_folder=results_folder,
-            conditioners=None if chroma is None else {"melody": _ChromaOfCrops(chroma)},
+            conditioners=None if chroma is None or shards is not None else {"melody": _ChromaOfCrops(chroma)},
             **settings,
         )
         self.musicgen, self.lora_rank, self.lora_scale = musicgen, lora_rank, lora_scale
@@ -91,7 +98,13 @@ class MusicGenTrainer(StageTrainer):
             self._result = result
             if self.lora_rank is not None:
                 merge_low_rank(self.transformer)
+                self._require_gradients(True)
         return result
+
+    def _require_gradients(self, required: bool) -> None:
+        """Freeze the trainable parameters of the text encoder while low-rank updates are trained, or undo it."""
+        for weight in self._frozen:
+            weight.requires_grad_(required)
 
     def _save(self) -> None:
         self._set_fingerprints()

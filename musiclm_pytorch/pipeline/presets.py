@@ -14,6 +14,7 @@ __all__ = [
     "RunConfig",
     "SemanticConfig",
     "StageConfig",
+    "TransformerConfig",
     "preset_named",
 ]
 
@@ -36,6 +37,18 @@ class RunConfig:
     warmup_steps: int = 100
     precision: str = "bf16"
     checkpoint_every_steps: int | None = None
+
+    @typed
+    def scaled(self, scale: float) -> "RunConfig":
+        """Copy the settings and multiply the number of training steps by `scale`; the result is at least 10 steps."""
+        if not 0 < scale <= _MAX_SCALE:
+            raise ValueError(
+                f"scale must be positive and at most {_MAX_SCALE:g}, got {scale}; use 1 for the full number of steps"
+            )
+        if scale == 1:
+            return self
+        steps = max(_MIN_STEPS, round(self.num_train_steps * scale))
+        return replace(self, num_train_steps=steps, warmup_steps=min(self.warmup_steps, max(1, steps // 10)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,19 +157,8 @@ class Preset:
     @typed
     def scaled(self, scale: float) -> "Preset":
         """Copy the preset and multiply every number of training steps by `scale`; each result is at least 10 steps."""
-        if not 0 < scale <= _MAX_SCALE:
-            raise ValueError(
-                f"scale must be positive and at most {_MAX_SCALE:g}, got {scale}; use 1 for the full number of steps"
-            )
-        if scale == 1:
-            return self
-        parts = {}
-        for name, part in vars(self).items():
-            if hasattr(part, "run"):
-                steps = max(_MIN_STEPS, round(part.run.num_train_steps * scale))
-                warmup = min(part.run.warmup_steps, max(1, steps // 10))
-                parts[name] = replace(part, run=replace(part.run, num_train_steps=steps, warmup_steps=warmup))
-        return replace(self, **parts)
+        parts = {name: part for name, part in vars(self).items() if hasattr(part, "run")}
+        return replace(self, **{name: replace(part, run=part.run.scaled(scale)) for name, part in parts.items()})
 
 
 _TINY_STAGE = StageConfig(

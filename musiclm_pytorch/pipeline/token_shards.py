@@ -1,17 +1,19 @@
 """Tokens and MuLaN latents of a set of audio files, computed once and stored in shards."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs import Codec
-from audiolm_pytorch.data.captions import encode_texts
+from audiolm_pytorch.data.captions import encode_texts, tags_in
 from audiolm_pytorch.data.crops import CropDataset
-from audiolm_pytorch.data.manifest import AudioItem
+from audiolm_pytorch.data.items import items_digest
+from audiolm_pytorch.data.manifest import AudioItem, captions_of
 from audiolm_pytorch.data.shards import TokenShards, write_shards
 from audiolm_pytorch.lm.compatibility import shard_fingerprint
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
@@ -19,11 +21,12 @@ from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.training.stopping import stop_signals
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.mulan.captions import texts_of
+from musiclm_pytorch.musicgen.chroma import ChromaConditioner
 
 if TYPE_CHECKING:
     import accelerate
 
-__all__ = ["compute_tokens"]
+__all__ = ["compute_music_tokens", "compute_tokens"]
 
 
 @typed
@@ -63,12 +66,66 @@ def compute_tokens(
             "duration_seconds": np.asarray(item.num_samples / item.sample_hz, dtype=np.float32),
         }
 
+    return _written(folder, make_record, len(items), fingerprint, accelerator)
+
+
+@typed
+def compute_music_tokens(
+    folder: Path,
+    items: Sequence[AudioItem],
+    *,
+    codec: Codec,
+    num_codebooks: int,
+    seconds: float,
+    chroma: ChromaConditioner | None,
+    origin: Mapping[str, str],
+    accelerator: "accelerate.Accelerator",
+) -> TokenShards:
+    """Encode audio files for the training of a MusicGen, with one record per `seconds` of a file.
+
+    A record has the codes `acoustic [f, num_codebooks]`, the texts `captions` and `tags` (see `encode_texts`) and, with
+    `chroma`, the melody `melody [m, 12]`. A rest of a file that is shorter than half of `seconds` has no record.
+    `compute_tokens` documents the other arguments.
+    """
+    melody = None if chroma is None else [chroma.num_frames, chroma.sample_hz, chroma.n_fft]
+    facts = {"seconds": seconds, "num_codebooks": num_codebooks, "melody": melody}
+    fingerprint = {"codec": codec.fingerprint(), "items": items_digest(items), **facts, **origin}
+    parts = [
+        (item, number * seconds)
+        for item in items
+        for number in range(max(1, round(item.num_samples / item.sample_hz / seconds)))
+    ]
+
+    @torch.no_grad()
+    def make_record(index: int) -> dict[str, np.ndarray]:
+        item, start_seconds = parts[index]
+
+        def wave(sample_hz: int, channels: int) -> Tensor:
+            return item.read(sample_hz, channels, start_seconds, seconds).to(accelerator.device)
+
+        codes = codec.tokenize(wave(codec.target_sample_hz, codec.channels)[None])[0, :, :num_codebooks]
+        texts = {"captions": encode_texts(captions_of(item)), "tags": encode_texts(tags_in(item.labels))}
+        record = {"acoustic": codes.cpu().numpy(), **texts}
+        return record if chroma is None else {**record, "melody": chroma(wave(chroma.sample_hz, 1))[0].cpu().numpy()}
+
+    return _written(folder, make_record, len(parts), fingerprint, accelerator)
+
+
+def _written(
+    folder: Path,
+    make_record: Callable[[int], dict[str, np.ndarray]],
+    num_records: int,
+    fingerprint: dict[str, Any],
+    accelerator: "accelerate.Accelerator",
+) -> TokenShards:
+    """Write shards; each process computes a share of the records, and a signal ends it between two records."""
+
     def interruptible(index: int) -> dict[str, np.ndarray]:
-        request.end_if_requested(f"before record {index + 1} of {len(items)} of the tokens; complete chunks are kept")
+        request.end_if_requested(f"before record {index + 1} of {num_records} of the tokens; complete chunks are kept")
         return make_record(index)
 
     processes = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     with stop_signals() as request:
-        write_shards(folder, interruptible, len(items), fingerprint, **processes)
+        write_shards(folder, interruptible, num_records, fingerprint, **processes)
     accelerator.wait_for_everyone()
     return TokenShards(folder, fingerprint)

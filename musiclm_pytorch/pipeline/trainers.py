@@ -13,7 +13,14 @@ from musiclm_pytorch.mulan.trainer import MuLaNTrainer
 from musiclm_pytorch.pipeline.builders import build_codec, build_mulan, build_semantic_encoder, build_semantic_objective
 from musiclm_pytorch.pipeline.presets import Preset, RunConfig
 
-__all__ = ["NUM_VALIDATIONS", "codec_trainer", "mulan_trainer", "semantic_tokenizer_trainer", "stage_trainer"]
+__all__ = [
+    "NUM_VALIDATIONS",
+    "codec_trainer",
+    "loop_settings",
+    "mulan_trainer",
+    "semantic_tokenizer_trainer",
+    "stage_trainer",
+]
 
 NUM_VALIDATIONS = 8
 _STAGE_TRAINERS: dict[str, Any] = {
@@ -34,7 +41,7 @@ def codec_trainer(preset: Preset, items: Items, **loop: Any) -> SoundStreamTrain
         items=items,
         data_max_length_seconds=run.seconds,
         loss_weights=MEL_ONLY,
-        **_loop_settings(run),
+        **loop_settings(run),
         **loop,
     )
 
@@ -47,7 +54,7 @@ def semantic_tokenizer_trainer(preset: Preset, items: Items, **loop: Any) -> Sem
         objective=build_semantic_objective(preset, encoder),
         items=items,
         seconds=run.seconds,
-        **_loop_settings(run),
+        **loop_settings(run),
         **loop,
     )
 
@@ -62,7 +69,7 @@ def mulan_trainer(preset: Preset, items: Items, captions: Sequence[str], *, seed
         captions=CaptionSampler(caption_dropout=m.caption_dropout, seed=seed),
         chunk_size=m.chunk_size,
         seed=seed,
-        **_loop_settings(m.run),
+        **loop_settings(m.run),
         **loop,
     )
 
@@ -78,11 +85,12 @@ def stage_trainer(preset: Preset, transformer: StageTransformer, stage: str, **d
         history_noise=config.history_noise,
         input_noise=config.input_noise,
         level_weights=config.level_weights,
-        **_loop_settings(config.run),
+        **loop_settings(config.run),
         **data_and_loop,
     )
 
 
-def _loop_settings(run: RunConfig) -> dict[str, Any]:
+def loop_settings(run: RunConfig) -> dict[str, Any]:
+    """Return the arguments of a trainer for the settings of a preset, except the length of the crops."""
     settings = {name: value for name, value in vars(run).items() if name != "seconds"}
     return {**settings, "validate_every": max(1, run.num_train_steps // NUM_VALIDATIONS)}

@@ -1,0 +1,147 @@
+"""`musiclm train musicgen`: train or fine-tune a MusicGen on captioned audio."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from audiolm_pytorch.saving.text import printable
+from musiclm_pytorch.cli.checks import ModelOptions, check_at_least
+
+if TYPE_CHECKING:
+    from musiclm_pytorch.musicgen.musicgen import MusicGen
+    from musiclm_pytorch.pipeline.musicgen_presets import MusicGenPreset
+
+__all__ = ["TrainMusicGen"]
+
+_NEW = ("codec", "text_encoder", "mulan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainMusicGen(ModelOptions):
+    """Train a MusicGen on captioned audio, or fine-tune one.
+
+    To continue an interrupted training, run the same command again.
+    """
+
+    data: Path
+    """Folder of audio files, or a folder or file with a JSONL manifest (audio, caption, labels)."""
+    out: Path
+    """Folder of the run. At the end, musiclm generate --model OUT uses the trained model."""
+    preset: str = "tiny"
+    """Sizes and training settings: tiny (one or two CPU cores), or as published: small, medium, large, melody,
+    audiogen."""
+    from_model: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Fine-tune this MusicGen, a folder or a hub id such as facebook/musicgen-small, with the settings of --preset."""
+    lora_rank: int | None = None
+    """With --from: train low-rank updates of this rank instead of all weights."""
+    stereo: bool = False
+    """Train a stereo model. A mono model of --from is its start."""
+    codec: str | None = None
+    """Codec of a new model instead of that of the preset: codec_16khz (bundled), a folder, or a hub id."""
+    text_encoder: str | None = None
+    """Text encoder of a new model instead of that of the preset: a folder or a hub id such as t5-base."""
+    mulan: str | None = None
+    """Use the text tower of this MuLaN as the text encoder of a new model: tiny (bundled), a folder, or a hub id."""
+    mix: float | None = None
+    """Probability that a clip is mixed with another one, as in AudioGen. The codec then runs during the training."""
+    seconds: float | None = None
+    """Length of the training crops, and of the windows of a new model, instead of that of the preset."""
+    batch_size: int | None = None
+    """Number of crops per step and process, instead of that of the preset."""
+    learning_rate: float | None = None
+    """Peak learning rate, instead of that of the preset."""
+    scale: float = 1.0
+    """Factor for the number of steps."""
+    seed: int = 0
+    """Seed of initial weights, data order and noise."""
+    allow_changed: tuple[str, ...] = ()
+    """Names of settings that may differ from those of the interrupted run, such as batch_size or num_train_steps."""
+
+    def execute(self) -> int:
+        """Train the model, and print its last validation metrics."""
+        check_at_least(self, seed=0)
+        if self.lora_rank is not None and self.from_model is None:
+            raise ValueError("--lora-rank needs --from; add the model to fine-tune, or leave out --lora-rank")
+
+        from audiolm_pytorch.data.manifest import training_items
+        from audiolm_pytorch.training.distributed import create_accelerator
+        from musiclm_pytorch.pipeline.musicgen import musicgen_trainer, write_samples
+
+        preset, accelerator = self._preset(), create_accelerator()
+        parts = self._parts(preset)
+        channels = 2 if self.stereo else parts["codec"].channels
+        items = training_items(self.data, None, min_seconds=1.0, channels=channels)
+        trainer = musicgen_trainer(
+            preset,
+            self._model(preset, parts, items[0]),
+            items,
+            out=self.out,
+            lora_rank=self.lora_rank,
+            seed=self.seed,
+            accelerator=accelerator,
+            allow_changed=self.allow_changed,
+        )
+        result, model = trainer.train(), trainer.musicgen
+        trainer.loop.on_main_process(lambda: write_samples(model, items[1], self.out / "samples", self.seed))
+        if accelerator.is_main_process:
+            valid = [f"{name} {value:.4g}" for name, value in result.metrics.items() if name.startswith("valid.")]
+            print(f"{result.step} steps  {'  '.join(valid[:2])}".rstrip())
+            print(printable(f'try: musiclm generate "a slow waltz" --model {self.out}'))
+        return 0
+
+    def _preset(self) -> "MusicGenPreset":
+        """Return the preset with the settings of the options."""
+        from musiclm_pytorch.pipeline.musicgen_presets import musicgen_preset
+
+        preset = musicgen_preset(self.preset)
+        names = ("seconds", "batch_size", "learning_rate")
+        run = replace(preset.run.scaled(self.scale), **_given(self, names))
+        return replace(preset, run=run, mix_prob=preset.mix_prob if self.mix is None else self.mix)
+
+    def _parts(self, preset: "MusicGenPreset") -> dict[str, Any]:
+        """Load the codec and the text encoder of a new model, or the model to fine-tune and its codec."""
+        if self.from_model is not None:
+            if given := list(_given(self, _NEW)):
+                raise ValueError(
+                    f"--{given[0].replace('_', '-')} is for a new model; leave it out, or leave out --from"
+                )
+            from musiclm_pytorch.musicgen.musicgen import MusicGen
+
+            model = MusicGen.from_pretrained(**self.source_of(self.from_model))
+            return {"model": model, "codec": model.codec}
+        from audiolm_pytorch.codecs.base import Codec
+
+        parts: dict[str, Any] = {"codec": Codec.from_pretrained(**self.source_of(self.codec or preset.codec))}
+        if self.mulan is not None:
+            from musiclm_pytorch.mulan import JointEmbedding, TextTransformer
+            from musiclm_pytorch.musicgen.text_tower import TextTowerEncoder
+
+            tower = getattr(JointEmbedding.from_pretrained(**self.source_of(self.mulan)), "text_transformer", None)
+            if not isinstance(tower, TextTransformer):
+                raise ValueError(f"--mulan {self.mulan} has no TextTransformer; pass another one, or --text-encoder")
+            parts["text_conditioner"] = TextTowerEncoder(tower, frozen=True)
+        elif self.text_encoder or preset.text_encoder:
+            from audiolm_pytorch.conditioning.published_text import TextConditioner
+
+            source = self.source_of(str(self.text_encoder or preset.text_encoder))
+            parts["text_conditioner"] = TextConditioner(**source)
+        return parts
+
+    def _model(self, preset: "MusicGenPreset", parts: dict[str, Any], items: Any) -> "MusicGen":
+        """Return the model to train."""
+        from audiolm_pytorch.data.manifest import captions_of
+        from musiclm_pytorch.musicgen.stereo import stereo_from_mono
+        from musiclm_pytorch.pipeline.musicgen import build_musicgen
+
+        model: MusicGen | None = parts.get("model")
+        if model is None:
+            captions = [text for item in items for text in captions_of(item)]
+            return build_musicgen(preset, **parts, captions=captions, stereo=self.stereo, seed=self.seed)
+        return stereo_from_mono(model) if self.stereo and model.codec.channels == 1 else model
+
+
+def _given(command: object, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the options with these names that are not None."""
+    return {name: getattr(command, name) for name in names if getattr(command, name) is not None}

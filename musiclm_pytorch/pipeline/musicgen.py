@@ -1,0 +1,166 @@
+"""Training of a MusicGen with a preset: a new model, the tokens of its data, and its trainer."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from audiolm_pytorch.audio.files import peak_safe, write_audio
+from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.codecs import Codec
+from audiolm_pytorch.codecs.channelwise import ChannelwiseCodec
+from audiolm_pytorch.conditioning.base import TextEncoder
+from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
+from audiolm_pytorch.data.items import items_digest
+from audiolm_pytorch.data.manifest import AudioItem, captions_of
+from audiolm_pytorch.saving.construction import preserve_rng
+from audiolm_pytorch.training import inverse_square_root
+from audiolm_pytorch.training.distributed import create_accelerator
+from audiolm_pytorch.training.rng import seed_rng
+from audiolm_pytorch.training.run_folder import claimed_folder
+from musiclm_pytorch.mulan import TextTransformer
+from musiclm_pytorch.musicgen.augmentation import Mixing, TextAugmentation
+from musiclm_pytorch.musicgen.musicgen import MusicGen
+from musiclm_pytorch.musicgen.text_tower import TextTowerEncoder
+from musiclm_pytorch.musicgen.trainer import MusicGenTrainer
+from musiclm_pytorch.pipeline.musicgen_presets import MusicGenPreset
+from musiclm_pytorch.pipeline.run_folder import RUN_FILE, check_run_folder
+from musiclm_pytorch.pipeline.token_shards import compute_music_tokens
+from musiclm_pytorch.pipeline.trainers import loop_settings
+
+if TYPE_CHECKING:
+    import accelerate
+
+__all__ = ["build_musicgen", "musicgen_trainer", "write_samples"]
+
+_TOKENS_FOLDER = "tokens"
+# The small text encoder that is trained with a new model.
+_TEXT_SIZES = {"dim": 128, "depth": 2, "heads": 2, "dim_head": 64, "max_seq_len": 96}
+_TEXT_VOCABULARY = 2048
+_NUM_SAMPLES, _MAX_SAMPLE_SECONDS = 3, 5.0
+
+
+@typed
+def build_musicgen(
+    preset: MusicGenPreset,
+    *,
+    codec: Codec,
+    text_conditioner: TextEncoder | None = None,
+    captions: Sequence[str] = (),
+    stereo: bool = False,
+    seed: int = 0,
+) -> MusicGen:
+    """Build an untrained model with the sizes of a preset.
+
+    Without a `text_conditioner`, the model has a small text encoder, whose tokenizer is trained on the captions, or no
+    text condition if there are no captions. A stereo model applies a mono codec to both channels.
+    """
+    channels = 2 if stereo and codec.channels == 1 else 1
+    with preserve_rng():
+        seed_rng(seed, "musicgen", device=torch.device("cpu"))
+        if text_conditioner is None and captions:
+            tokenizer = TextTokenizer.train(captions, vocab_size=_TEXT_VOCABULARY)
+            sizes: dict[str, Any] = {**_TEXT_SIZES, "num_tokens": tokenizer.vocab_size}
+            text_conditioner = TextTowerEncoder(TextTransformer(tokenizer=tokenizer, **sizes))
+        return MusicGen(
+            codec=codec if channels == 1 else ChannelwiseCodec(codec, channels),
+            text_conditioner=text_conditioner,
+            melody=preset.melody,
+            dim=preset.dim,
+            depth=preset.depth,
+            heads=preset.heads,
+            num_codebooks=channels * min(preset.num_codebooks, codec.num_quantizers),
+            max_seconds=preset.run.seconds,
+            cond_drop_prob=preset.cond_drop_prob,
+            melody_drop_prob=preset.melody_drop_prob,
+        )
+
+
+@typed
+def musicgen_trainer(
+    preset: MusicGenPreset,
+    model: MusicGen,
+    items: tuple[Sequence[AudioItem], Sequence[AudioItem]],
+    *,
+    out: str | Path,
+    lora_rank: int | None = None,
+    seed: int = 0,
+    accelerator: "accelerate.Accelerator | None" = None,
+    allow_changed: Sequence[str] = (),
+) -> MusicGenTrainer:
+    """Build the trainer of a MusicGen with the settings of a preset; missing tokens are computed first.
+
+    The folder `out` belongs to one run. It contains the tokens and melodies of the data in `tokens`, and the results of
+    the trainer in `musicgen`.
+
+    Args:
+        model: New or trained model, which is trained in place.
+        items: Training items and validation items.
+        lora_rank: Rank of low-rank updates, see `MusicGenTrainer`.
+        allow_changed: Names of settings that may differ from those of the interrupted run.
+    """
+    out, accelerator = Path(out), accelerator or create_accelerator()
+    data: dict[str, Any] = {}
+    if model.text_conditioner is not None:
+        data["augment_text"] = TextAugmentation(word_dropout=preset.word_dropout, merge_prob=preset.merge_prob)
+    seconds = min(preset.run.seconds, model.transformer.max_seconds or inf)
+    if preset.mix_prob > 0:
+        mixing = Mixing(probability=preset.mix_prob)
+        data |= {"items": items, "data_max_length_seconds": seconds, "augment_waves": mixing}
+    model.codec.to(accelerator.device)
+    tokens: dict[str, Any] = {
+        "codec": model.codec,
+        "num_codebooks": model.transformer.layout.predicted[0].num_levels,
+        "seconds": seconds,
+        "chroma": model.chroma,
+        "accelerator": accelerator,
+    }
+    with claimed_folder(out, [RUN_FILE]) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        facts = {"preset": asdict(preset), "seed": seed, "data": items_digest([*items[0], *items[1]])}
+        check_run_folder(out, facts, write=accelerator.is_main_process, allow_changed=allow_changed)
+        accelerator.wait_for_everyone()
+        if preset.mix_prob == 0:
+            for argument, part, part_items in zip(("shards", "valid_shards"), ("train", "valid"), items):
+                folder = out / _TOKENS_FOLDER / part
+                data[argument] = compute_music_tokens(folder, part_items, origin={"part": part}, **tokens)
+    with preserve_rng():
+        seed_rng(seed, "lora", device=torch.device("cpu"))
+        return MusicGenTrainer(
+            model,
+            **data,
+            **_settings(preset),
+            lora_rank=lora_rank,
+            results_folder=out / model.transformer.namespace,
+            accelerator=accelerator,
+            seed=seed,
+            allow_changed=tuple(allow_changed),
+        )
+
+
+def _settings(preset: MusicGenPreset) -> dict[str, Any]:
+    """Return the settings of the training loop."""
+    names = ("weight_decay", "betas", "max_grad_norm", "ema_decay")
+    settings = {**loop_settings(preset.run), **{name: getattr(preset, name) for name in names}}
+    if preset.schedule == "inverse_sqrt":
+        return settings | {"schedule": partial(inverse_square_root, warmup_steps=settings.pop("warmup_steps"))}
+    return settings | {"final_lr_fraction": preset.final_lr_fraction}
+
+
+@typed
+def write_samples(model: MusicGen, items: Sequence[AudioItem], folder: Path, seed: int = 0) -> None:
+    """Write music for the first captions of items, and the captions, to a folder."""
+    captions = list(dict.fromkeys(text for item in items for text in captions_of(item)))[:_NUM_SAMPLES]
+    if not captions or model.text_conditioner is None:
+        return
+    seconds = min(model.transformer.max_seconds or inf, _MAX_SAMPLE_SECONDS)
+    waves = model.generate(texts=captions, seconds=seconds, seeds=seed).waves
+    for number, (caption, wave) in enumerate(zip(captions, waves, strict=True), start=1):
+        finite = wave.float().nan_to_num(posinf=0.0, neginf=0.0)  # a diverged model may return NaN
+        write_audio(folder / f"{number}.wav", peak_safe(finite), model.sample_hz, comment=caption)
+        (folder / f"{number}.txt").write_text(caption + "\n", encoding="utf-8")

@@ -1,0 +1,114 @@
+"""`musiclm train musicgen`: new models, interrupted runs, fine-tuning, stereo, mixed clips, two processes."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from musiclm_pytorch import MusicGen
+from musiclm_pytorch.cli import main
+from musiclm_pytorch.musicgen.trainer import MusicGenTrainer
+from musiclm_pytorch.pipeline.musicgen_presets import MUSICGEN_PRESETS
+from musiclm_pytorch.pipeline.presets import RunConfig
+from tests.helpers.processes import run_two_processes
+from tests.helpers.small_codecs import tiny_codec
+
+RUN = RunConfig(6, 4, 1.0, 1e-3, warmup_steps=2, precision="fp32", checkpoint_every_steps=2)
+MICRO = replace(MUSICGEN_PRESETS["tiny"], name="micro", dim=32, depth=1, heads=2, num_codebooks=2, run=RUN)
+# Without anything random, so that two processes can compute the same as one.
+EXACT = replace(MICRO, name="exact", cond_drop_prob=0.0, melody_drop_prob=0.0, word_dropout=0.0)
+
+
+@pytest.fixture
+def train(musiclm_command, micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`musiclm train musicgen` with the preset micro on captioned tones, as a function of the run and more words."""
+    monkeypatch.setitem(MUSICGEN_PRESETS, "micro", MICRO)
+    tiny_codec().eval().save_pretrained(tmp_path / "codec")
+
+    def command(out: str, *words: Any, codec: bool = True) -> int:
+        options = ["--preset", "micro", "--data", micro_data, "--out", tmp_path / out]
+        return musiclm_command(
+            "train", "musicgen", *options, *(["--codec", tmp_path / "codec"] if codec else []), *words
+        )
+
+    return command
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """All trained weights of a run: language model and text encoder."""
+    model = MusicGen.from_pretrained(run)
+    return dict(model.transformer.state_dict()) | dict(model.text_conditioner.state_dict())
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.mark.slow
+def test_new_model_generates_and_continues_bit_for_bit(
+    train, musiclm_command, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """A run that stops after 3 steps and continues has the weights of an uninterrupted run, text encoder included."""
+    assert train("whole") == 0
+    assert "6 steps" in capsys.readouterr().out
+    words = ("generate", "a low tone", "--model", tmp_path / "whole", "--seconds", 0.2, "--melody")
+    assert musiclm_command(*words, tmp_path / "whole" / "samples" / "1.wav", "--out", tmp_path / "a.wav") == 0
+    steps = MusicGenTrainer.train
+    monkeypatch.setattr(MusicGenTrainer, "train", lambda trainer: steps(trainer, 3))
+    train("parts")
+    monkeypatch.undo()
+    monkeypatch.setitem(MUSICGEN_PRESETS, "micro", MICRO)
+    assert not (tmp_path / "parts" / "musicgen" / "musicgen").exists()
+    assert train("parts") == 0
+    assert_equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_fine_tuning(train, tmp_path: Path, capsys) -> None:
+    """A model is continued with all weights, with low-rank updates, as a stereo model, and with mixed clips."""
+    assert train("base") == 0
+    base = weights(tmp_path / "base")
+    assert train("full", "--from", tmp_path / "base", codec=False) == 0
+    changed = {name for name, value in weights(tmp_path / "full").items() if not torch.equal(value, base[name])}
+    assert {"embedding.weight", "heads.0.weight", "tower.embedding.weight"} <= changed
+    assert train("lora", "--from", tmp_path / "base", "--lora-rank", 2, "--mix", 0.5, codec=False) == 0
+    lora = weights(tmp_path / "lora")
+    changed = {name for name, value in lora.items() if not torch.equal(value, base[name])}
+    assert "heads.0.weight" in changed
+    assert not changed & {"embedding.weight", "tower.embedding.weight"}
+    assert not (tmp_path / "lora" / "tokens").exists()
+    assert train("stereo", "--from", tmp_path / "base", "--stereo", codec=False) == 0
+    assert MusicGen.from_pretrained(tmp_path / "stereo")("a low tone", seconds=0.2, seed=0).shape == (1, 2, 3200)
+    assert train("base", "--scale", 2) == 2
+    assert "--allow-changed" in capsys.readouterr().err
+    assert train("x", "--from", tmp_path / "base") == 2
+    assert "--codec is for a new model" in capsys.readouterr().err
+    assert train("x", "--lora-rank", 2) == 2
+    assert "--lora-rank needs --from" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_process_with_twice_the_batch(
+    train, micro_data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """The weights of two processes and of one with their joint batch agree up to rounding."""
+    monkeypatch.setitem(MUSICGEN_PRESETS, "micro", EXACT)
+    assert train("one") == 0
+    done = run_two_processes(__file__, micro_data, tmp_path / "codec", tmp_path / "two")
+    assert (tmp_path / "two" / "musicgen" / "musicgen" / "musicgen.json").is_file(), done.stderr[-3000:]
+    first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    MUSICGEN_PRESETS["micro"] = EXACT
+    data, codec, run = sys.argv[1:]
+    words = ["--preset", "micro", "--data", data, "--codec", codec, "--out", run, "--batch-size", "2"]
+    sys.exit(main(["train", "musicgen", *words]))
