@@ -10,7 +10,6 @@ by less than 0.1 %. Rounded logits become integer weights by a table, and the ra
 import math
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -60,11 +59,11 @@ class EntropyCoder:
         except ImportError as error:
             raise ImportError('entropy coding needs constriction: pip install "musiclm[entropy]"') from error
         self.fingerprint, self.num_quantizers = model.fingerprint(), len(model.layout.heads)
-        self._model, self._queue, self._family = model, stream.queue, stream.model.Categorical(perfect=False)
+        self._queue, self._family = stream.queue, stream.model.Categorical(perfect=False)
+        self._model = self._selected = model.first_levels(self.num_quantizers)
         window = min(model.window_frames or _MAX_WINDOW_FRAMES, _MAX_WINDOW_FRAMES)
         self._num_context = window // 2
         self._num_new = window - self._num_context
-        self._selected: EntropyTransformer | None = None
 
     @typed
     @torch.inference_mode()
@@ -113,8 +112,10 @@ class EntropyCoder:
             session = DecodeSession(
                 model, context, {_STREAM: last - start}, seeds=[0], transformer=transformer, sampler=sampler
             )
-            with _damage_as_value_error():
+            try:
                 session.advance()
+            except AssertionError as error:  # the range decoder raises it for words that no encoder writes
+                raise ValueError(_DAMAGED) from error
             transformer = session.transformer
             chunks.append(session.decoded().streams[_STREAM][0, first - start :])
             if _checksum(chunks[-1]) != checksum:
@@ -125,7 +126,7 @@ class EntropyCoder:
         """Return the model of the first levels in float64."""
         if not 1 <= num_levels <= self.num_quantizers:
             raise ValueError(f"num_levels must be in 1..{self.num_quantizers}, got {num_levels}; use another model")
-        if self._selected is None or self._selected.layout.predicted[0].num_levels != num_levels:
+        if len(self._selected.layout.heads) != num_levels:
             self._selected = self._model.first_levels(num_levels)
         return self._selected
 
@@ -162,12 +163,3 @@ def _weights(logits: Tensor) -> Tensor:
 def _checksum(codes: Tensor) -> int:
     """CRC-32 of codes."""
     return zlib.crc32(codes.numpy().astype("<i4").tobytes())
-
-
-@contextmanager
-def _damage_as_value_error() -> Iterator[None]:
-    """Raise a ValueError if the range decoder finds words that no encoder writes."""
-    try:
-        yield
-    except AssertionError as error:
-        raise ValueError(_DAMAGED) from error
