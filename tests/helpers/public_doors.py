@@ -129,7 +129,6 @@ BASE: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "average_latents": lambda: {"latents": _unit(2, 3, 8)},
     "code_usage": lambda: {"codes": _ids(1, 5, 2), "codebook_size": 4},
-    "deduplicate": lambda: {"ids": _ids(1, 9)},
     "melody_similarity": lambda: {"queries": _wave(2, 12, 9), "references": _wave(3, 12, 9), "max_shift_frames": 2},
     "nearest_similarity": lambda: {"queries": _unit(2, 8), "references": _unit(3, 8)},
     "words_of": lambda: {"captions": ["a calm piano"], "limit": 100},
@@ -169,7 +168,6 @@ BASE: dict[str, Callable[[], dict[str, Any]]] = {
     "GenerationRequest": lambda: {"batch_size": 1, "seconds": 1.0},
     "Mixture": lambda: {"parts": [("calm", 0.5), ("loud", 0.5)]},
     "CaptionSampler": lambda: {"captions_per_clip": 1, "aspect_prob": 0.5, "caption_dropout": 0.1, "seed": 0},
-    "LayerContrast": lambda: {"layers": ((1, 1),), "weight": 1.0},
     "SigmoidContrastiveLearning": lambda: {"init_temperature": 0.1, "min_temperature": 0.01, "init_bias": -10.0},
     "SoftmaxContrastiveLearning": lambda: {"init_temperature": 0.1, "min_temperature": 0.01},
     "SemanticTransformer": lambda: {**STAGE, "rate_hz": 25},
@@ -296,7 +294,7 @@ OTHER = set(
     FairseqVQWav2Vec FineTransformerTrainer GroupedQuantizer HubertWithKmeans KMeansTrainer LoopSettings MuLaNTrainer
     MusicGenTrainer SemanticTokenizerTrainer SemanticTransformerTrainer SoundStreamTrainer
     TextTokenizer TokenShards TrainLoop TransformersEncoder TransformersTextEncoder WrongCodes
-    collate_crops evaluate expand extract items_digest load_items load_module load_split open_encoder read_audio
+    collate_crops evaluate extract items_digest load_items load_module load_split open_encoder read_audio
     save_module write_audio write_report write_shards main
     """.split()
 )
