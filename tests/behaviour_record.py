@@ -438,7 +438,8 @@ def train_stages(folder: Path) -> dict:
 
 def train_stages_text(folder: Path) -> dict:
     """The semantic stage on waves, conditioned by states of captions."""
-    from musiclm_pytorch import SemanticTokenizer, SemanticTransformerTrainer
+    from audiolm_pytorch import SemanticTransformerTrainer
+    from musiclm_pytorch import SemanticTokenizer
 
     data = {"folder": write_clips(folder / "data"), "data_max_length_seconds": 0.6}
     found = {}

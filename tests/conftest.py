@@ -1,5 +1,6 @@
 """Fixtures that every test may use: seeded randomness and small synthetic sounds."""
 
+import gc
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+
+gc.disable()  # collection creates half a million lasting objects, which the garbage collector would visit repeatedly
 
 WriteTone = Callable[..., Path]
 WriteFolder = Callable[..., Path]
@@ -19,6 +22,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is None:
             item.add_marker("full")
+
+
+def pytest_collection_finish() -> None:
+    """Switch the garbage collector on, and let it ignore the objects of the collection."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

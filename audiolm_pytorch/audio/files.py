@@ -23,12 +23,7 @@ __all__ = ["decoded_info", "peak_safe", "read_audio", "write_audio"]
 
 @typed
 def decoded_info(path: str | Path) -> AudioInfo:
-    """Return sample rate, length and number of channels of an audio file, after decoding the whole file.
-
-    Raises:
-        ValueError: If the file cannot be decoded, is damaged or empty, or contains samples that are not
-            finite or beyond 100.
-    """
+    """Return sample rate, length and number of channels of an audio file, after decoding the whole file."""
     source = AudioSource(path, channels=None)
     for _ in source:
         pass
@@ -56,10 +51,6 @@ def read_audio(
 
     Returns:
         `wave [c, n]` float32 and its sample rate (Hz).
-
-    Raises:
-        ValueError: If the file cannot be read, contains samples that are not finite or beyond 100, ends before
-            `start_seconds`, or cannot be converted to `channels` channels.
     """
     path = Path(path)
     if sample_hz is not None:
@@ -111,10 +102,6 @@ def write_audio(path: str | Path, wave: Tensor, sample_hz: int, comment: str = "
         path: File name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis); missing folders are created.
         wave: Float samples in -1..1; samples outside this range are clipped, unless `peak_safe` scales the wave first.
         comment: Text in the comment field of the file, see `AudioWriter`.
-
-    Raises:
-        ValueError: If the suffix, the sample rate, the type or the shape of the wave is not supported, or if a sample
-            is not finite or beyond 100.
     """
     if wave.ndim not in (1, 2) or wave.numel() == 0:
         raise ValueError(f"{path}: wave must be [n] or [c, n] with at least one sample, got shape {tuple(wave.shape)}")

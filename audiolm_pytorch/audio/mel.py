@@ -22,10 +22,6 @@ def mel_filterbank(
 
     mel(f) = 2595 log10(1 + f / 700), see the HTK Book, sec. 5.4 (Young et al.). `f_max_hz=None` means half the sample
     rate.
-
-    Raises:
-        ValueError: If `f_min_hz` is not below `f_max_hz`, or if a filter lies between two FFT bins, so that all its
-            weights are zero.
     """
     if sample_hz < 1 or n_fft < 1:
         raise ValueError(f"sample_hz and n_fft must be at least 1, got sample_hz={sample_hz}, n_fft={n_fft}")
@@ -86,8 +82,6 @@ class MelSpectrogram(nn.Module):
     """Mel spectrogram with a Hann window, computed in float32 even under autocast.
 
     Args:
-        n_fft: Size of the Fourier transform (samples).
-        hop_length: Samples per frame.
         win_length: Length of the window (samples), which is centred in the Fourier transform; None = `n_fft`.
         f_max_hz: Upper edge of the highest band; None = half the sample rate.
         power: 1 for magnitudes, 2 for energies.

@@ -79,10 +79,6 @@ def resampled_items(wave: Tensor, from_hz: int, to_hz: int, lengths: Tensor | No
 def resample_source_span(start: int, count: int, from_hz: int, to_hz: int) -> tuple[int, int, int]:
     """Find the samples of a wave from which a part of the resampled wave can be computed.
 
-    Args:
-        start: Index of the first sample of the part in the resampled wave.
-        count: Number of samples of the part in the resampled wave.
-
     Returns:
         Indices `(first, last, skip)`; the part is `resample(wave[first:last], from_hz, to_hz)[skip : skip + count]`.
         The index `last` can be larger than the length of the wave.

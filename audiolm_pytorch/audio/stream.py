@@ -86,10 +86,6 @@ class AudioSource:
         sample_hz: Sample rate of the blocks (Hz); None keeps the rate of the file.
         channels: Number of channels of the blocks; 1 averages all channels, a larger number repeats the channel of a
             mono file, None keeps all channels.
-
-    Raises:
-        ValueError: If the file cannot be read, or, during iteration, if the file is damaged or empty, or contains
-            samples that are not finite or beyond 100.
     """
 
     @typed
@@ -140,11 +136,6 @@ class AudioWriter:
         path: File name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis).
         comment: Text in the comment field of the file, which players show and `soundfile` reads; only the first 2,000
             bytes are stored.
-
-    Raises:
-        ValueError: If the suffix, the sample rate or the number of channels is not supported, if the samples are not
-            floats, not finite or beyond 100, or if no samples are written.
-        OSError: If the file cannot be written, for example because the disk is full.
     """
 
     @typed

@@ -57,7 +57,6 @@ class DecodeSession:
     the device or on pauses.
 
     Args:
-        model: The language model; set to eval mode while it decodes.
         streams: Tokens `[b, f, levels]` of input streams and prompts of predicted streams, by stream name.
         num_frames: Requested frames of every predicted stream, prompts included, `[b]` or one int.
         batch_size: Number of items b, used if `streams` is empty.
@@ -65,7 +64,6 @@ class DecodeSession:
             padding.
         conditioning: Conditions by name, of 1 or b items; None = unconditional.
         negative: Conditions by name from which guidance leads away, instead of no conditions.
-        settings: Sampling settings; None = temperature 1.
         seeds: Seed or generator of every item; None draws seeds from torch's global generator.
         callback: Called after every row as `callback(finished_rows, max_rows)`.
         allow_eos: Whether an item may end early, after at least one frame; False = the end token is never sampled.
@@ -73,11 +71,6 @@ class DecodeSession:
         transformer: The attribute `transformer` of a finished session with the same model, whose prepared weights this
             session uses again if they are unchanged; None = prepare the weights.
         sampler: Function that selects the missing tokens of a row, in the order of the columns.
-
-    Raises:
-        ValueError: If the inputs do not fit the layout of the model, the number of seeds differs from the number of
-            items, guidance is on without `conditioning`, or `allow_eos` is set and several predicted streams share one
-            column.
     """
 
     @typed
@@ -155,11 +148,7 @@ class DecodeSession:
         return torch.tensor(self.known)
 
     def advance(self, until_frames: int | None = None) -> None:
-        """Decode until every item has `until_frames` frames (prompts included; None = all frames) or is complete.
-
-        Raises:
-            ValueError: If the model returns logits that are not finite.
-        """
+        """Decode until every item has `until_frames` frames (prompts included; None = all frames) or is complete."""
         with eval_mode(self.model), torch.inference_mode():
             while any(
                 cells and (until_frames is None or known < until_frames)
@@ -189,10 +178,11 @@ class DecodeSession:
             else known.clamp(max=self.num_frames[stream.name])
             for stream in layout.predicted
         }
-        streams = layout.unpack(self.ids, self.num_frames)
-        for name, tokens in streams.items():
-            count = int(lengths[name].max())
-            inside = torch.arange(count) < lengths[name].unsqueeze(1)
+        streams = {}
+        unpacked = layout.unpack(self.ids, self.num_frames)
+        for name, known_length in lengths.items():
+            tokens, count = unpacked[name], int(known_length.max())
+            inside = torch.arange(count) < known_length.unsqueeze(1)
             streams[name] = tokens[:, :count].masked_fill(~inside.to(tokens.device).unsqueeze(-1), -1)
         return Decoded(streams, lengths)
 

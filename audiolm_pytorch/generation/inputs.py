@@ -33,12 +33,9 @@ _NEVER = 2**62  # a frame after the end of every item
 
 @dataclass(frozen=True, eq=False)
 class GenerationLengths:
-    """Requested lengths and prompt tokens of all items. If a stage samples an end token, the item becomes shorter.
+    """Requested lengths `[b]` and prompt tokens. If a stage samples an end token, the item becomes shorter.
 
     Attributes:
-        num_samples: Number of audio samples of every item.
-        num_semantic: Number of semantic tokens, `[b]`.
-        num_frames: Number of acoustic frames, `[b]`.
         semantic: Prompt of semantic tokens, or all semantic tokens if the request contains them.
         acoustic: Prompt of acoustic tokens of all levels.
     """
@@ -57,12 +54,7 @@ def plan_lengths(
     semantic_stage: StageTransformer,
     device: torch.device,
 ) -> GenerationLengths:
-    """Compute the lengths of all items, and tokenize their prompts on `device`.
-
-    Raises:
-        ValueError: If prompts or semantic tokens are invalid, a prompt is longer than the requested seconds, or the
-            request has too few semantic tokens.
-    """
+    """Compute the lengths of all items, and tokenize their prompts on `device`."""
     factor = codec.downsample_factor
     frames_per_token = Fraction(codec.target_sample_hz, factor) / Fraction(
         wav2vec.target_sample_hz, wav2vec.downsample_factor
@@ -122,12 +114,6 @@ def extra_input_tokens(
 
     Args:
         inputs: Tokens of 1 or b items by stream name; a stream without a frame rate is optional.
-        stages: Stages that can have extra input streams.
-        batch: Number of items b.
-
-    Raises:
-        ValueError: If `inputs` has an unknown stream, lacks a stream with a frame rate, or has tokens that do not fit
-            their stream.
     """
     inputs = AudioTokens({}, {}) if inputs is None else inputs
     extra = {
@@ -205,16 +191,9 @@ def stage_conditions(
     States are computed from the text. Codes are also computed from the text, unless `wavs` or `codes` is passed.
 
     Args:
-        stage: The stage.
-        audio_conditioner: Computes codes; needed by a stage with `audio_text_condition`.
-        text_conditioner: Computes states; needed by a stage with `text_dim`.
-        text: One text per item, or one text for all items.
         wavs: Waves `[b, n]` at the sample rate of the audio conditioner.
         codes: Codes `[b, q]` of the audio conditioner.
         states: Precomputed states of the texts, which all stages share; None = computed from `text`.
-
-    Raises:
-        ValueError: If a conditioner is missing, or the stage does not accept the passed conditions.
     """
     if text is None and wavs is None and codes is None:
         return None

@@ -27,10 +27,6 @@ def tokenize_prompts(
 
     A last frame that is only partly inside the prompt is dropped, because its token would encode the end of the sound.
     A prompt that is shorter than a frame is ignored and has 0 seconds.
-
-    Raises:
-        ValueError: If a file cannot be read, if the shape, length or number of channels of a prompt is wrong, or if the
-            samples of a prompt are not finite floats.
     """
     hz = request.prime_wave_input_sample_hz or codec.target_sample_hz
     batch, waves = request.num_items, read_prompts(request.prime_wave, hz, request.prime_lengths)

@@ -83,10 +83,6 @@ class GenerationRequest:
             Stages without a condition ignore a guidance scale in the settings of the model.
         callback: Called as `callback(stage, known_frames, requested_frames)`, with the numbers of frames of the longest
             item.
-        progress: Whether to show a progress bar per stage on the terminal.
-
-    Raises:
-        ValueError: If a number is out of range, or lengths are passed without their tensor.
     """
 
     batch_size: int = 1
@@ -275,12 +271,7 @@ def decode_items(codec: Codec, acoustic: TokenBatch, num_samples: Sequence[int])
 
 
 class WaveStreams:
-    """Decoder streams of a codec, one per item, because items end at different times.
-
-    Args:
-        codec: A codec with a `decoder_stream`.
-        num_samples: Maximum number of samples of every item.
-    """
+    """Decoder streams of a codec, one per item, because items end at different times."""
 
     def __init__(self, codec: Codec, num_samples: Sequence[int]) -> None:
         self._codec, self._remaining_samples = codec, list(num_samples)

@@ -36,9 +36,6 @@ class SamplingSettings:
         top_k: Number of most likely tokens to sample from; None = all tokens.
         top_p: Total probability of the smallest set of most likely tokens to sample from; None = all tokens.
         guidance_scale: Scale of classifier-free guidance; 1 = no guidance, which halves the cost.
-
-    Raises:
-        ValueError: If a number is out of range.
     """
 
     temperature: float = 1.0
@@ -69,16 +66,7 @@ DEFAULT_SAMPLING = {
 def update_sampling(
     settings: Mapping[str, SamplingSettings], changes: Mapping[str, SamplingSettings | Mapping[str, Any]]
 ) -> dict[str, SamplingSettings]:
-    """Return `settings` with `changes` applied.
-
-    Args:
-        settings: Settings of all stages by name.
-        changes: New settings by stage name, or a dict of the fields that change.
-
-    Raises:
-        ValueError: If `changes` has an unknown stage or a number that is out of range.
-        TypeError: If `changes` has an unknown field.
-    """
+    """Return `settings` with `changes` applied."""
     unknown = set(changes) - set(DEFAULT_SAMPLING)
     if unknown:
         raise ValueError(f"got sampling of unknown stages {sorted(unknown)}; the stages are {sorted(DEFAULT_SAMPLING)}")
@@ -97,15 +85,7 @@ def item_seeds(seeds: int | Sequence[int] | None, batch: int) -> list[int]:
 
 
 def item_generators(seeds: Sequence[int | torch.Generator] | None, batch: int) -> list[torch.Generator]:
-    """Return one CPU generator per item, so that the noise of an item depends on its seed alone.
-
-    Args:
-        seeds: One seed or one generator per item; None draws seeds from torch's global generator.
-        batch: Number of items.
-
-    Raises:
-        ValueError: If the number of seeds differs from the number of items.
-    """
+    """Return one CPU generator per item, so that the noise of an item depends on its seed alone."""
     sources = item_seeds(None, batch) if seeds is None else list(seeds)
     if len(sources) != batch:
         raise ValueError(f"got {len(sources)} seeds for {batch} items; pass one seed per item")
@@ -135,13 +115,7 @@ def filter_logits(logits: Tensor, settings: SamplingSettings) -> Tensor:
 
 
 def sample_tokens(logits: Tensor, noise: Tensor, settings: SamplingSettings) -> Tensor:
-    """Sample tokens `[...]` int64 from logits `[..., v]` with uniform noise (inverse transform sampling).
-
-    Args:
-        logits: Unscaled logits `[..., v]`.
-        noise: Uniform noise `[...]` in [0, 1).
-        settings: Temperature and filters.
-    """
+    """Sample tokens `[...]` int64 from logits `[..., v]` by inverse transform sampling; `noise [...]` is in [0, 1)."""
     logits = logits.float()
     if settings.temperature < _MIN_TEMPERATURE:
         return logits.argmax(dim=-1)

@@ -30,9 +30,6 @@ def plan_windows(
         window_frames: Number of frames of a window; None = one window over all frames.
         alignment: Windows start at multiples of this number of frames.
         stride_frames: Distance of the starts of two windows; None = half a window.
-
-    Raises:
-        ValueError: If half of `window_frames` is less than `alignment`, or `stride_frames` is out of range.
     """
     if window_frames is None or num_frames <= window_frames:
         return [range(num_frames)]
@@ -58,14 +55,10 @@ class SlidingWindowDecoder:
     only one cache at a time, and `tokens.drop_before` deletes old tokens, so that memory stays bounded.
 
     Args:
-        model: A model with one predicted stream.
         num_frames: Requested frames, prompt included, `[b]` or one int.
-        inputs: Tokens of input streams by name.
         sources: Decoders that predict further input streams, by name; an item that ends early there also ends here.
-        prompt: Prompt tokens; None = no prompts.
         window_frames: Maximum number of frames of a window; None = one window over all frames.
         stride_frames: Distance of the starts of two windows; None = half a window.
-        batch_size: Number of items b.
         conditioning: Conditions by name, of 1 or b items, or a function that computes them for a window, a range of
             frames. If a condition has one embedding per frame, embedding i belongs to frame i of the whole sequence; if
             not, all windows receive the same condition.
@@ -75,14 +68,6 @@ class SlidingWindowDecoder:
         negative: Conditions by name from which guidance leads away, of 1 or b items.
         settings: Sampling settings. `DecodeSession` documents `seeds` and `allow_eos`.
         callback: Called after every row as `callback(known_frames, requested_frames)` of the longest item.
-
-    Attributes:
-        name: Name of the predicted stream.
-        tokens: The known tokens, prompts included.
-
-    Raises:
-        ValueError: If the model predicts several streams, input streams are missing or unknown, a prompt is longer than
-            `num_frames`, or `window_frames` is too small.
     """
 
     @typed
@@ -318,11 +303,7 @@ class StagePipeline:
     """The semantic stage, the coarse stage and, optionally, the fine stage.
 
     Args:
-        semantic: Decoder of the semantic tokens.
         acoustic: Decoders of acoustic levels, coarse first. The source of each decoder is the decoder before it.
-
-    Attributes:
-        last: The last decoder, which advances the others.
     """
 
     def __init__(self, semantic: SlidingWindowDecoder, acoustic: Sequence[SlidingWindowDecoder]) -> None:

@@ -35,15 +35,10 @@ class StageWrapper(nn.Module):
     """A stage with the tokenizers and conditioners that compute its inputs.
 
     Args:
-        transformer: Language model of the stage.
         wav2vec: Semantic tokenizer; needed to compute semantic tokens of waves.
         codec: Codec; needed to compute acoustic tokens of waves.
         audio_conditioner: Computes codes of texts or waves; needed by a stage with `audio_text_condition`.
         text_conditioner: Computes states of texts; needed by a stage with `text_dim`.
-
-    Raises:
-        TypeError: If `transformer` is not a `stage_class` of the wrapper.
-        ValueError: If a tokenizer or a conditioner is not compatible with the stage.
     """
 
     stage_class: ClassVar[type[StageTransformer]] = StageTransformer
@@ -101,9 +96,6 @@ class StageWrapper(nn.Module):
             tokens: Tokens of the stage, instead of `wave`.
             conditioning: Conditions by name, of 1 or b items.
             ends: Mask `[b]` of the items whose file ends after the tokens.
-
-        Raises:
-            ValueError: If not exactly one of `wave` and `tokens` is passed, or a tokenizer is missing.
         """
         if wave is not None and tokens is None:
             wave = checked_wave(wave, 1 if self.codec is None else self.codec.channels)

@@ -43,11 +43,7 @@ def check_compatible(
     audio_conditioner: Conditioner | None = None,
     text_conditioner: TextEncoder | None = None,
 ) -> None:
-    """Check that a stage can use the passed tokenizers and conditioners. Unneeded modules are ignored.
-
-    Raises:
-        ValueError: If a module has other sizes, frame rate ratios or fingerprints than the stage expects.
-    """
+    """Check that a stage can use the passed tokenizers and conditioners. Unneeded modules are ignored."""
     tokenizers = {"semantic": wav2vec, "acoustic": codec}
     differences = [
         *_token_differences(transformer, tokenizers),
@@ -88,8 +84,6 @@ def agreed_fingerprints(
     """Check that the fingerprints of the modules equal the fingerprints stored in the stage and in the shards.
 
     Args:
-        wav2vec: Semantic tokenizer. The fingerprint of a module that is None is not compared.
-        shards: Token shards that the stage is trained on.
         kinds: Keys of the fingerprints to compare; None = all fingerprints that the stage uses.
 
     Returns:

@@ -27,7 +27,6 @@ class TokenSource:
     Attributes:
         kind: Type of the tokens: `semantic`, `acoustic`, or the name of an extra stream.
         first_level: Index of the first level; the first level of the tokenizer is 0.
-        num_levels: Number of levels in the stream.
     """
 
     kind: str
@@ -62,7 +61,6 @@ class StageTransformer(TokenTransformer):
     Args:
         sources: For each stream in `streams`, the type and levels of its tokens, by stream name.
         config: Constructor arguments of the subclass, which are added to the attribute `config`.
-        streams: Semantic and acoustic streams of the stage.
         pattern: Order of the tokens: `flat`, `delayed` or `parallel`, see `TokenLayout`.
         extra_streams: Further input streams, as `Stream` or as the dict of `Stream.to_dict`, e.g. ids of a text
             (without a rate) or a melody (with a rate); `AudioTokens` holds their tokens under the name of the stream.

@@ -19,7 +19,6 @@ class SemanticTransformer(StageTransformer):
     """The first stage of AudioLM, which predicts semantic tokens.
 
     Args:
-        num_semantic_tokens: Vocabulary size of the semantic tokenizer.
         rate_hz: Semantic tokens per second.
         eos: Whether the model learns to predict where a recording ends.
         pattern: Order of the tokens: `flat`, or `delayed` or `parallel` to align extra streams in time with semantic
@@ -61,8 +60,6 @@ class CoarseTransformer(StageTransformer):
     """The second stage of AudioLM, which predicts the first levels of acoustic tokens from semantic tokens.
 
     Args:
-        num_semantic_tokens: Vocabulary size of the semantic tokenizer.
-        codebook_size: Number of codes of every acoustic level.
         num_coarse_quantizers: Number of predicted tokens per frame (residual levels times `num_groups`).
         pattern: Order of the tokens: `delayed`, `parallel`, or `flat` as in AudioLM (all semantic tokens come first).
         semantic_rate_hz: Semantic tokens per second.
@@ -143,7 +140,6 @@ class FineTransformer(StageTransformer):
     Args:
         num_coarse_quantizers: Number of input tokens per frame (residual levels times `num_groups`).
         num_fine_quantizers: Number of predicted tokens per frame (residual levels times `num_groups`).
-        codebook_size: Number of codes of every acoustic level.
         pattern: Order of the tokens: `delayed`, `parallel`, or `flat` as in AudioLM (all coarse levels come first).
         rate_hz: Acoustic frames per second.
         num_groups: Number of codes per residual level of the codec.

@@ -30,13 +30,11 @@ _NOT_DECISIVE = ("max_seconds", "token_fingerprints", "checkpoint_blocks")
 class StageTask:
     """Task of a `TrainLoop` that trains a stage and its table of condition embeddings.
 
+    Items without a caption are trained without the condition `text`.
+
     Args:
-        transformer: Language model of the stage.
-        train: Training data.
-        valid: Validation data.
-        audio_conditioner: Conditioner; needed by a stage that is conditioned on codes.
-        text_conditioner: Text encoder; needed by a stage with a `text_dim`; items without a caption are trained
-            unconditionally. Parameters of the encoder that require gradients are trained with the stage.
+        text_conditioner: Text encoder; needed by a stage with a `text_dim`. Parameters of the encoder that require
+            gradients are trained with the stage.
         level_drop_prob: Probability that training drops the last levels of the conditioning codes of an item, so that
             the stage learns to work with the first levels; the number of dropped levels is random.
         history_noise: Largest share of the predicted tokens that random tokens replace in the input of the stage, so
@@ -45,8 +43,6 @@ class StageTask:
         input_noise: The same for the input tokens that an earlier stage predicts in generation.
         level_weights: Weight of every predicted level in the training loss, which is the weighted mean of the levels;
             empty = equal weights. Metrics and validation have equal weights.
-        batch_size: Number of items of a validation batch.
-        token_fingerprints: Fingerprints of the tokenizers and conditioners.
 
     Attributes:
         config: Settings that must not change when a run is resumed; the trainer adds the settings of its data.

@@ -51,13 +51,7 @@ class TokenTransformer(SavedModule):
     embeddings replace missing conditions.
 
     Args:
-        layout: Layout of the streams in rows and columns.
-        dim: Width d.
-        depth: Number of transformer blocks.
-        heads: Attention heads per block.
-        dim_head: Width of a head.
         ff_mult: Inner width of the gated feed-forward, as a multiple of `dim`.
-        dropout: Dropout probability.
         cond_dim: Width of the embeddings of conditioning codes; None = the model is not conditioned on codes.
         cond_drop_prob: Probability that training drops all conditions of an item, for classifier-free guidance.
         null_tokens: Number of null embeddings that replace missing conditioning codes; normally as many as the codes.
@@ -159,13 +153,9 @@ class TokenTransformer(SavedModule):
         """Compute the loss of the tokens that `packed.loss_mask` marks, each predicted from the rows before it.
 
         Args:
-            packed: Tokens, as packed by `layout`.
             conditioning: Conditions by name, of 1 or b items. In training, the conditions of random items are dropped.
             input_ids: Ids `[b, rows, columns]` that the model reads instead of `packed.ids`, for example with noise;
                 the targets are always `packed.ids`.
-
-        Returns:
-            The loss, in float32.
         """
         batch, targets = len(packed.ids), packed.ids
         packed = packed if input_ids is None else replace(packed, ids=input_ids)
@@ -227,7 +217,6 @@ class TokenTransformer(SavedModule):
         Args:
             ids: Token ids `[b, n, columns]`.
             mask: `[b, n, columns]` bool, False where a row has no token in a column.
-            conditions: Projected conditions from `fuse`.
         """
         hidden: Tensor = self.transformer(self.embed(ids, mask), conditions)
         return hidden

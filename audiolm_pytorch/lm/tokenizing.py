@@ -39,8 +39,6 @@ def tokenize(
     Args:
         waves: Waves `[b, n]` or `[b, c, n]` by token type (`semantic`, `acoustic`), at the rate of the tokenizer.
         lengths: Number of samples without padding, `[b]`, by token type.
-        wav2vec: Semantic tokenizer; needed if `waves` has the key `semantic`.
-        codec: Codec; needed if `waves` has the key `acoustic`.
     """
     sample_rates(waves, wav2vec, codec)
     tokens: dict[str, Tensor] = {}

@@ -59,7 +59,6 @@ class StageTrainer:
     checkpoints store the fingerprints of tokenizers and conditioners in `token_fingerprints`.
 
     Args:
-        transformer: Language model of the stage; trained in place.
         wav2vec: Semantic tokenizer; needed by a stage with semantic tokens; with `shards`, only its fingerprint is
             used.
         codec: Codec; needed by a stage with acoustic tokens; with `shards`, only its fingerprint is used.
@@ -68,21 +67,13 @@ class StageTrainer:
             recording. Parameters of the encoder that require gradients are trained with the stage.
         folder: Folder of audio files, manifest, torch `Dataset` of waves, or a list of them (see `load_items`).
         items: Training and validation items, or one or two torch data sets, instead of `folder`.
-        shards: Token shards, instead of `folder` and `items`.
-        valid_shards: Validation shards; None = validate on `shards`.
+        shards: Training and validation token shards, or one for both, instead of `folder` and `items`.
         data_max_length: Length of a crop in samples, at the sample rate of the codec or, without a codec, of `wav2vec`.
         data_max_length_seconds: Length of a crop in seconds, instead of `data_max_length`; if both are None, crops are
             whole recordings.
-        batch_size: Number of crops per optimizer step and process.
-        num_train_steps: Number of optimizer steps of the whole run.
         results_folder: Folder for checkpoints, metrics and the trained stage; by default
             `./results/<stage>_transformer`.
-        accelerator: Accelerator that several trainers of one program share; None = a new accelerator.
-        level_drop_prob: Probability that the last levels of the conditioning codes of a training item are dropped.
-        history_noise: Largest share of the predicted tokens that random tokens replace in the input of the stage;
-            `StageTask` documents this argument, `input_noise` and `level_weights`.
-        input_noise: The same for the input tokens that an earlier stage predicts in generation.
-        level_weights: Weight of every predicted level in the loss; empty = equal weights.
+        level_drop_prob, history_noise, input_noise, level_weights: See `StageTask`.
         text_prob: Probability that training computes the codes of a recording from its caption, as in generation,
             instead of its audio.
         conditioners: Functions that compute further conditions of the stage from a `WaveBatch`, by condition name; not
@@ -105,8 +96,7 @@ class StageTrainer:
         text_conditioner: TextEncoder | None = None,
         folder: DataSource | None = None,
         items: AudioSplit | Dataset | None = None,
-        shards: TokenShards | None = None,
-        valid_shards: TokenShards | None = None,
+        shards: TokenShards | tuple[TokenShards, TokenShards] | None = None,
         data_max_length: int | None = None,
         data_max_length_seconds: float | None = None,
         batch_size: int,
@@ -132,18 +122,17 @@ class StageTrainer:
         options: dict[str, Any] = dict(seconds=seconds, audio_conditioner=audio_conditioner, seed=loop_settings.seed)
         train: StageSource
         valid: StageSource
-        if shards is not None:
+        all_shards = (shards, shards) if isinstance(shards, TokenShards) else shards or ()
+        if all_shards:
             if folder is not None or items is not None:
                 raise ValueError("got shards and audio files; pass only one of folder, items and shards")
             if conditioners:
                 raise ValueError("got conditioners and shards; store the condition embeddings in the shards instead")
             if augment_waves is not None:
                 raise ValueError("got augment_waves and shards, which have no waves; pass audio files instead")
-            train = ShardSource(shards, transformer, text_prob=text_prob, augment_text=augment_text, **options)
-            valid = ShardSource(valid_shards or shards, transformer, **options)
+            train = ShardSource(all_shards[0], transformer, text_prob=text_prob, augment_text=augment_text, **options)
+            valid = ShardSource(all_shards[1], transformer, **options)
         else:
-            if valid_shards is not None:
-                raise ValueError("got valid_shards without shards; pass validation files in items or in a manifest")
             token_seconds = _token_seconds(seconds, wav2vec, codec)
             channels = 1 if codec is None else codec.channels
             train_items, valid_items = training_items(
@@ -158,10 +147,9 @@ class StageTrainer:
                 f"the {transformer.namespace} transformer has a text_dim, but none of {len(train)} recordings has a "
                 "caption; add captions to the manifest, or build the stage without a text_dim"
             )
-        if shards is None:
+        if not all_shards:
             _warn_of_unused(transformer, wav2vec, codec, train, bool(conditioners))
         self.transformer, self.conditioner, self.text_conditioner = transformer, audio_conditioner, text_conditioner
-        all_shards = [part for part in (shards, valid_shards) if part is not None]
         self.task = StageTask(
             transformer,
             train,

@@ -40,7 +40,6 @@ class StageInput:
     """Inputs of a stage for one training batch.
 
     Attributes:
-        tokens: Tokens of the crops.
         ends: Mask `[b]` of the items whose crop reaches the end of the file.
         condition: Arguments for `Conditioner.conditioning` (`wavs` and `lengths`, or `codes`); empty without a
             conditioner.
@@ -64,7 +63,6 @@ class StageSource(ABC):
     """Base class of the training data of a stage. Each epoch uses the next caption of a recording.
 
     Args:
-        audio_conditioner: Conditioner; needed by a stage that is conditioned on codes.
         text_prob: Probability that the conditioning codes of a recording are computed from its caption instead of its
             audio.
         seed: Seed of the random crops, of the random choice between caption and audio, and of augmentations.
@@ -136,7 +134,6 @@ class WaveBatch:
     Attributes:
         crops: Waves and lengths of the crops by sample rate in Hz.
         captions: Caption of every item for this epoch; None for an item without captions.
-        labels: Fields of the manifest line of every item.
         captioned: Indices `[k]` of the items whose conditioning codes are computed from the caption.
     """
 
@@ -154,11 +151,7 @@ class WaveSource(StageSource):
     """Random crops of audio files, which are tokenized during training. Crops end without look-ahead tokens.
 
     Args:
-        items: Audio files with captions and labels.
-        transformer: Language model of the stage.
         seconds: Length of a crop in seconds; None = crops are whole files.
-        wav2vec: Semantic tokenizer; needed by a stage with semantic tokens.
-        codec: Codec; needed by a stage with acoustic tokens.
         conditioners: Functions that compute the embeddings `[b, d]` or `[b, m, d]` of a further condition from a
             `WaveBatch`, by condition name; an optional attribute `sample_hz` of a function is the sample rate of its
             input waves.
@@ -297,7 +290,6 @@ class ShardSource(StageSource):
     one. Extra streams without a rate are not cropped.
 
     Args:
-        transformer: Language model of the stage; its streams declare the rates of the tokens.
         seconds: Length of a crop in seconds; None = crops are whole recordings.
     """
 

@@ -89,11 +89,7 @@ class SelfAttention(nn.Module):
     """Self-attention: multi-head, grouped-query (arXiv 2305.13245) or multi-query (arXiv 1911.02150).
 
     Args:
-        dim: Width of inputs and outputs.
-        heads: Number of attention heads h.
-        dim_head: Width of a head.
         kv_heads: Number g of heads of keys and values, a divisor of `heads`; 1 = multi-query, None = `heads`.
-        bias: Whether the projections have biases.
     """
 
     @typed
@@ -128,14 +124,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from every row to conditioning states, for example those of a text encoder.
-
-    Args:
-        dim: Width of inputs, outputs and states.
-        heads: Number of attention heads h.
-        dim_head: Width of a head.
-        bias: Whether the projections have biases.
-    """
+    """Multi-head attention from every row to conditioning states, for example those of a text encoder."""
 
     @typed
     def __init__(self, dim: int, heads: int, dim_head: int, bias: bool = False) -> None:

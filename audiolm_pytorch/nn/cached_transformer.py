@@ -27,10 +27,6 @@ class CachedTransformer:
     """A transformer with a cache of the keys and values of earlier rows. On a CPU, the weights are copied.
 
     The first call is `prefill`, which starts new sequences. Each call of `step` adds one row to every sequence.
-
-    Args:
-        transformer: A causal transformer in eval mode.
-        batch: Number of items b.
     """
 
     def __init__(self, transformer: Transformer, batch: int) -> None:
@@ -55,7 +51,6 @@ class CachedTransformer:
 
         Args:
             x: First rows `[b, n, d]`, padded on the right.
-            conditions: Conditions of all rows of the sequences.
             counts: Number of rows of each item without padding.
             num_positions: Largest length of a sequence, prefix included.
         """

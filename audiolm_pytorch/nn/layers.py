@@ -113,13 +113,7 @@ class _GatedProjection(torch.autograd.Function):
 
 
 class GatedFeedForward(nn.Module):
-    """Feed-forward layer with a SiLU gate and without biases (SwiGLU, arXiv:2002.05202, eq. 6).
-
-    Args:
-        dim: Width of inputs and outputs.
-        hidden_dim: Width of the hidden layer.
-        dropout: Dropout probability of hidden values.
-    """
+    """Feed-forward layer with a SiLU gate and without biases (SwiGLU, arXiv:2002.05202, eq. 6)."""
 
     @typed
     def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
@@ -143,11 +137,7 @@ class FeedForward(nn.Module):
     """Feed-forward layer with one hidden layer, for example that of GPT-2, T5 and MusicGen.
 
     Args:
-        dim: Width of inputs and outputs.
-        hidden_dim: Width of the hidden layer.
         activation: `gelu`, `gelu_tanh` (the approximation of GPT-2), or `relu`.
-        bias: Whether both projections have biases.
-        dropout: Dropout probability of hidden values.
     """
 
     @typed

@@ -23,7 +23,6 @@ class LocalAttention(nn.Module):
     depend on its position in a recording or on the division of the recording into chunks.
 
     Args:
-        dim: Width of input and output.
         window: Number of frames to which each frame attends; the frame itself is included.
         heads: Number of heads of width 64; None = `dim // 64`.
     """

@@ -11,27 +11,23 @@ from audiolm_pytorch.checks.types import typed
 
 __all__ = ["RelativePositions", "RotaryPositions", "SinusoidalPositions", "WavePositionBias", "rotate"]
 
+_BASE = 10_000.0  # longest wavelength in positions, divided by 2 pi
+
 
 class RotaryPositions(nn.Module):
-    """Cosines and sines of rotary position embeddings (RoFormer, arXiv:2104.09864, eq. 15).
-
-    Args:
-        dim_head: Width of a head; must be even.
-        base: Longest wavelength in positions, divided by 2 pi.
-    """
+    """Cosines and sines of rotary position embeddings (RoFormer, arXiv:2104.09864, eq. 15)."""
 
     @typed
-    def __init__(self, dim_head: int, base: float = 10000.0) -> None:
+    def __init__(self, dim_head: int) -> None:
         super().__init__()
         if dim_head % 2:
             raise ValueError(f"rotary positions rotate pairs of values, so dim_head must be even; got {dim_head}")
         self.dim_head = dim_head
-        self.base = base
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the cosines and sines `[..., n, dim_head]` float32 of integer positions `[..., n]`, for `rotate`."""
         exponents = torch.arange(0, self.dim_head, 2, device=positions.device, dtype=torch.float32) / self.dim_head
-        angles = positions.unsqueeze(-1).float() * self.base**-exponents
+        angles = positions.unsqueeze(-1).float() * _BASE**-exponents
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -77,23 +73,19 @@ class SinusoidalPositions(nn.Module):
     """Position embeddings of sines and cosines (arXiv:1706.03762, sec. 3.5), which are added to the inputs of a stack.
 
     The first half of an embedding consists of the cosines, the second half of the sines, as in MusicGen.
-
-    Args:
-        dim: Width of an embedding; must be even.
-        base: Longest wavelength in positions, divided by 2 pi.
     """
 
     @typed
-    def __init__(self, dim: int, base: float = 10000.0) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
         if dim % 2 or dim < 4:
             raise ValueError(f"sinusoidal positions need an even dim of at least 4, got {dim}")
-        self.dim, self.base = dim, base
+        self.dim = dim
 
     def forward(self, positions: Tensor) -> Tensor:
         """Compute the embeddings `[..., n, dim]` float32 of integer positions `[..., n]`."""
         exponents = torch.arange(self.dim // 2, device=positions.device, dtype=torch.float32) / (self.dim // 2 - 1)
-        angles = positions.unsqueeze(-1).float() / self.base**exponents
+        angles = positions.unsqueeze(-1).float() / _BASE**exponents
         return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 

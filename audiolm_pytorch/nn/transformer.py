@@ -72,8 +72,6 @@ class Block(nn.Module):
     Args:
         attention: Module that receives normalised rows `[b, n, d]` and an `AttentionContext`.
         feed_forward: Module that receives normalised rows `[b, n, d]`.
-        norm: Factory of the norms.
-        dim: Width d.
         cross: Cross-attention after `attention`; None = no cross-attention.
         dropout: Dropout probability of the outputs of attention, cross-attention and feed-forward layer.
     """
@@ -108,10 +106,6 @@ class Transformer(nn.Module):
     of width 4096, and relative positions of T5.
 
     Args:
-        dim: Width d.
-        depth: Number of blocks.
-        heads: Attention heads of a block.
-        dim_head: Width of a head; must be even for rotary positions.
         ff_mult: Width of the hidden layer of the feed-forward layer, divided by `dim`.
         dropout: Dropout probability of the residual branches and inside the feed-forward layer. Attention weights have
             no dropout, because fused kernels do not support it.
@@ -121,9 +115,7 @@ class Transformer(nn.Module):
             (added to the inputs); or `none` (the caller adds positions to the inputs).
         position_bias: Bias of self-attention by the offset of two positions, shared by all blocks, in addition to
             `positions`.
-        rotary_base: Base of rotary positions.
         causal: Whether each row attends only to itself and to earlier rows.
-        bias: Whether the projections have biases.
         kv_heads: Heads of keys and values, a divisor of `heads`; 1 = multi-query, None = `heads`.
         cross: Whether every block also attends to the states of `FusedConditions`.
         checkpoint_blocks: Whether to store only the input of each block, and to compute the block again in the backward
@@ -147,7 +139,6 @@ class Transformer(nn.Module):
         feed_forward: FeedForwardName | NormFactory = "gated",
         positions: Literal["rotary", "relative", "sinusoidal", "none"] = "rotary",
         position_bias: WavePositionBias | None = None,
-        rotary_base: float = 10_000.0,
         causal: bool = True,
         bias: bool = False,
         kv_heads: int | None = None,
@@ -157,9 +148,8 @@ class Transformer(nn.Module):
         init_std: float | None = INIT_STD,
     ) -> None:
         super().__init__()
-        if min(dim, depth, heads, dim_head, ff_mult, rotary_base) <= 0:
-            sizes = f"{dim=} {depth=} {heads=} {dim_head=} {ff_mult=} {rotary_base=}"
-            raise ValueError(f"sizes must be positive, got {sizes}")
+        if min(dim, depth, heads, dim_head, ff_mult) <= 0:
+            raise ValueError(f"sizes must be positive, got {dim=} {depth=} {heads=} {dim_head=} {ff_mult=}")
         if not 0 <= forget_prob < 1 or not 0 <= dropout < 1:
             raise ValueError(
                 f"forget_prob and dropout must be in [0, 1), got forget_prob={forget_prob} and dropout={dropout}"
@@ -169,7 +159,7 @@ class Transformer(nn.Module):
         self.dim, self.depth, self.causal = dim, depth, causal
         self.heads, self.kv_heads, self.dim_head = heads, heads if kv_heads is None else kv_heads, dim_head
         self.checkpoint_blocks, self.forget_prob = checkpoint_blocks, forget_prob
-        self.rotary = RotaryPositions(dim_head, float(rotary_base)) if positions == "rotary" else None
+        self.rotary = RotaryPositions(dim_head) if positions == "rotary" else None
         self.relative = RelativePositions(heads) if positions == "relative" else None
         self.sinusoidal = SinusoidalPositions(dim) if positions == "sinusoidal" else None
         self.position_bias = position_bias
@@ -213,8 +203,6 @@ class Transformer(nn.Module):
         """Apply all blocks to sequences `x [b, n, d]`; return normalised rows without the rows of the prefix.
 
         Args:
-            x: Rows.
-            conditions: Projected conditions of the rows.
             mask: `[b, n]` bool, False at padding, at least one True per item; None = no padding. Outputs at padding are
                 finite but have no meaning. Causal stacks need no mask, because their padding is on the right. With a
                 prefix, the mask includes the prefix.

@@ -81,7 +81,6 @@ class KMeansTrainer:
         results_folder: Folder of the run; a folder that has a run with other settings raises a ValueError.
         seconds: Length of the encoded crops; longer files have several crops.
         num_epochs: Minimum number of passes over the frames; for a small data set there are more passes.
-        accelerator: Accelerator whose processes share the encoding; None creates an accelerator.
     """
 
     @typed

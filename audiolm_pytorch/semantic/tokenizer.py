@@ -28,7 +28,6 @@ class KMeansTokenizer(SemanticTokenizer):
 
     Args:
         encoder: Audio encoder; `requires_grad` of its parameters is set to False.
-        num_clusters: Number of centroids; not needed if `centroids` is passed.
         centroids: Tensor `[k, d]`, compared with normalised hidden states; if None, `forward` raises a RuntimeError
             until centroids are loaded.
         mean: Mean `[d]` of the hidden states; None means 0. The default of the standard deviation `std [d]` is 1.

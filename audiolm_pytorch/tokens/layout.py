@@ -40,8 +40,6 @@ class TokenLayout:
     In both, a stream with a filler (`Stream.filler`) has its filler id wherever its columns contain no token.
 
     Attributes:
-        inputs: Streams that the model reads and does not predict.
-        predicted: Streams that the model predicts, at least one.
         heads: Output heads of the language model, one per level of each predicted stream.
         num_ids: Number of ids of all streams and special tokens.
         null_id: Id of the null token; None if every stream has a frame rate.
@@ -181,24 +179,17 @@ class TokenLayout:
         )
 
     @typed
-    def unpack(
-        self, ids: Tensor, num_frames: Mapping[str, int | Tensor], names: Sequence[str] | None = None
-    ) -> dict[str, Tensor]:
-        """Extract the token streams from packed rows of ids.
+    def unpack(self, ids: Tensor, num_frames: Mapping[str, int | Tensor]) -> dict[str, Tensor]:
+        """Extract all token streams from packed rows of ids.
 
         Args:
             ids: Ids `[b, rows, columns]` in the arrangement that `pack` returns.
             num_frames: Number of frames by stream name, `[b]` or one int.
-            names: Names of the streams to extract; None = the predicted streams.
 
         Returns:
             Tokens `[b, f, levels]` int64 by stream name. The value -1 marks frames after the end of an item, frames
             that are not in `ids`, and null tokens.
         """
-        names = [stream.name for stream in self.predicted] if names is None else names
-        unknown = set(names) - set(self._names)
-        if unknown:
-            raise ValueError(f"unknown streams {sorted(unknown)}; the layout has {self._names}")
         counts = frame_counts(self.streams, num_frames, len(ids))
         block, frame = (part.to(ids.device) for part in self._stacked_tables(counts, None))
         num_rows, num_columns = block.shape[1:]
@@ -214,10 +205,9 @@ class TokenLayout:
         unpacked = {
             stream.name: ids.new_full((len(ids), int(count.max()), stream.num_levels), -1)
             for stream, count in zip(self.streams, counts.T)
-            if stream.name in names
         }
         for number, source in enumerate(self._blocks):
-            if source.is_token and self._names[source.stream] in unpacked:
+            if source.is_token:
                 item, row, column = (block == number).nonzero(as_tuple=True)
                 tokens = unpacked[self._names[source.stream]]
                 tokens[item, frame[item, row, column], source.level] = local[item, row, column]

@@ -50,9 +50,6 @@ def cell_table(streams: tuple[Stream, ...], pattern: str, counts: tuple[int, ...
     """Build the `CellTable` of a layout; the returned tensors are cached, and callers must not modify the tensors.
 
     Args:
-        streams: Streams of the layout.
-        pattern: Key of `PATTERNS`.
-        counts: Number of frames of every stream.
         ends: Whether the last frame of every stream with an end-of-sequence id is followed by this id.
     """
     num_frames = {stream.name: count for stream, count in zip(streams, counts, strict=True)}

@@ -274,10 +274,8 @@ def checked_streams(
     """Check the tokens of all streams, and convert them to int64 `[b, f, levels]`.
 
     Args:
-        streams: Token streams of a layout.
         tokens: Tokens `[b, f, levels]` (or `[b, f]` for one level) of every stream, by stream name.
         lengths: Numbers of unpadded frames by stream name, `[b]` or one int; no entry means no padding.
-        batch_size: Expected number of items b; None = any number.
 
     Returns:
         Tokens `[b, f, levels]` by stream name in the order of `streams`, and numbers of frames `[b, streams]` int64.

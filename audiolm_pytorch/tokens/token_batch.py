@@ -54,12 +54,7 @@ class TokenBatch:
 
 
 class GrowingTokens:
-    """The known tokens of one stream. Frames can be appended, and old frames dropped; frames keep their indices.
-
-    Args:
-        batch: The first tokens of every item.
-        device: Device to keep the tokens on.
-    """
+    """The known tokens of one stream. Frames can be appended, and old frames dropped; frames keep their indices."""
 
     def __init__(self, batch: TokenBatch, device: torch.device) -> None:
         self._items = [tokens.to(device) for tokens in batch.items()]
@@ -101,7 +96,6 @@ def batches_of_streams(
     """Check tokens and convert them to batches by stream name.
 
     Args:
-        streams: Streams of a layout.
         tokens: Tokens `[b, f, levels]` (or `[b, f]` for one level) of some of the streams, by name.
         lengths: Unpadded frames by stream name, `[b]` or one int; a stream without an entry has no padding.
     """

@@ -29,7 +29,6 @@ class Checkpoint:
     """Saved state from which a training run can continue.
 
     Attributes:
-        step: Number of completed steps.
         tensors: Dict of named tensors for each file name without suffix (`model`, `optimizer`, `ema`).
         state: JSON-compatible state of the run, without tensors.
     """
@@ -91,9 +90,6 @@ class CheckpointFolder:
         """Call `recover`, and read the latest undamaged checkpoint; return None if there is no checkpoint.
 
         A damaged checkpoint is removed if the one before can be read. Only one process may call this method.
-
-        Raises:
-            ValueError: If no checkpoint can be read.
         """
         if not self.recover():
             return None
@@ -116,11 +112,7 @@ class CheckpointFolder:
         return checkpoint
 
     def read(self) -> Checkpoint:
-        """Read the latest checkpoint, with all tensors on the CPU.
-
-        Raises:
-            ValueError: If a file of the checkpoint is missing or damaged, or has another format version or step.
-        """
+        """Read the latest checkpoint, with all tensors on the CPU."""
         return self._read(self.path)
 
     def _read(self, folder: Path) -> Checkpoint:

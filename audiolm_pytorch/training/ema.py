@@ -16,7 +16,6 @@ class WeightEMA:
     are not averaged, because buffers that training changes are already averages.
 
     Args:
-        parameters: Trained parameters by name.
         decay: Weight of the previous average, from 0 to 1. In early steps, the smaller value `(1 + step) / (10 + step)`
             replaces `decay`, so that the initial weights soon lose their influence.
     """

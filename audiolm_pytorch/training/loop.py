@@ -39,9 +39,6 @@ class TrainLoop:
             `accelerator` is None, `train` creates an Accelerator.
         on_row: Function that receives every row of metrics, on the first process. When a run is resumed, `on_row` first
             receives the rows of earlier steps.
-
-    Raises:
-        ValueError: If phases share a name or a parameter, or if the Accelerator accumulates gradients or uses fp16.
     """
 
     @typed

@@ -28,13 +28,8 @@ class PhaseOptimizer:
     The default optimizer is AdamW (arXiv:1711.05101), with linear warm-up and cosine decay of the learning rate.
 
     Args:
-        phase: Phase of the training task, with the parameters to train, which must already be on their device.
         names: Name of each trainable parameter of the task's module.
         buffers: Persistent buffers of the task's module.
-
-    Raises:
-        ValueError: If the phase has no trainable parameters, or some of its parameters are missing in the task's module
-            or in a custom optimizer.
     """
 
     def __init__(
@@ -116,10 +111,6 @@ class PhaseOptimizer:
 
     def step(self, batches: Sequence[Any], step: int) -> list[dict[str, Tensor | float]] | None:
         """Train the parameters of the phase for one step.
-
-        Args:
-            batches: Batches whose gradients are averaged with equal weights.
-            step: Number of completed steps before this step.
 
         Returns:
             The metrics of each batch, or None if the loss or the gradients are not finite. If the result is None, the

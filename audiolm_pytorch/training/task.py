@@ -54,10 +54,7 @@ class LoopSettings:
         precision: "fp32", or "bf16" to compute the loss under bfloat16 autocast.
         ema_decay: Decay of the EMA of the weights; None disables the EMA.
         seed: Seed of the data order and of all random numbers in training.
-        checkpoint_every_seconds: Seconds between checkpoints.
         checkpoint_every_steps: Steps between additional checkpoints; None writes checkpoints by time only.
-        validate_every: Steps between validations.
-        log_every: Steps between rows in the metrics file.
         allow_changed: Names of settings that may differ from those of the interrupted or finished run to continue, e.g.
             `("batch_size", "num_train_steps")`. By default every difference is an error.
     """
@@ -127,7 +124,6 @@ class LossOutput:
     """Result of the loss function of a training phase.
 
     Args:
-        loss: Scalar to minimise, the mean over the batch.
         metrics: Additional metrics by name, one scalar each; gradients of the metrics are not used.
     """
 
@@ -140,10 +136,8 @@ class Phase:
     """Phase of a training step, with the modules that one optimizer trains and the loss of the modules.
 
     Args:
-        name: Name of the phase in metrics and messages.
         modules: Submodules of the task's module, whose parameters no other phase may train.
         loss: Function of `(batch, step)` that computes the loss; it may call the modules any number of times.
-        first_step: First step in which the phase is trained.
     """
 
     name: str

@@ -149,7 +149,7 @@ def measured_sets(
     command: "EvaluateMusic", device: "torch.device", announce: Callable[[str], None]
 ) -> "tuple[list[MetricValue], dict[str, Any]]":
     """Generate or load all sets of clips and measure them; return the values, and facts for the report."""
-    from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, evaluate, extract, pair_with
+    from musiclm_pytorch.evaluation.metric import ClipSet, evaluate, extract, pair_with
 
     _check_clip_folders(command)
     real = None if command.real is None else load_real(command.real, command.musiccaps, command.limit, command.seed)
@@ -158,7 +158,7 @@ def measured_sets(
 
     def clip_set(name: str, items: "list[AudioItem]", selected: "Sequence[Metric]", pairs: Any = None) -> ClipSet:
         announce(f"{name}: {len(items)} clips")
-        extractors: list[Extractor] = [extractor for metric in selected for extractor in metric.extractors]
+        extractors = [metric.extractor for metric in selected]
         return ClipSet(name, items, extract(items, extractors, command.seconds, announce), pairs)
 
     held_out = None if real is None else clip_set("real clips", real, metrics)

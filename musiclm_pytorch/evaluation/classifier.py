@@ -30,20 +30,16 @@ FEATURES: dict[str, type[FeatureModule]] = {"ClipFeatures": ClipFeatures}
 
 @register
 class AttributeClassifier(nn.Module):
-    """Set of linear classifiers of standardised audio features, with one classifier per attribute."""
+    """Set of linear classifiers of standardised audio features, with one classifier per attribute.
+
+    `classes` has the class names of each attribute, in the order of the outputs. `fit` creates a classifier.
+    """
 
     mean: Tensor
     scale: Tensor
 
     @typed
     def __init__(self, *, classes: Mapping[str, Sequence[str]], num_features: int, features: FeatureModule) -> None:
-        """Create a classifier without weights; call `fit` before use.
-
-        Args:
-            classes: Class names of each attribute, in the order of the outputs.
-            num_features: Number of features per clip.
-            features: Module that computes the features of a clip.
-        """
         super().__init__()
         self.features = features
         self.classes = {name: list(names) for name, names in classes.items()}
@@ -74,15 +70,11 @@ class AttributeClassifier(nn.Module):
         inputs: Tensor,
         labels: Mapping[str, Sequence[str]],
         features: FeatureModule,
-        inverse_regularisation: float = INVERSE_REGULARISATION,
     ) -> "AttributeClassifier":
         """Fit one multinomial logistic regression per attribute, with equal weight for each class.
 
-        Args:
-            inputs: Features of the training clips, `[b, d]`.
-            labels: Class name of each clip, for each attribute.
-            features: Module that computed `inputs`, and that computes the features of the clips to classify.
-            inverse_regularisation: Argument `C` of `LogisticRegression` in scikit-learn.
+        `inputs [b, d]` are the features of the training clips, which the module `features` has computed. `labels` has
+        the class name of each clip, for each attribute.
         """
         from sklearn.linear_model import LogisticRegression
 
@@ -98,7 +90,7 @@ class AttributeClassifier(nn.Module):
         classifier.scale.copy_(inputs.std(0).clamp_min(MIN_SCALE))
         standardised = classifier._standardise(inputs).double().numpy()
         for name, names in labels.items():
-            regression = LogisticRegression(C=inverse_regularisation, max_iter=500, class_weight="balanced")
+            regression = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=500, class_weight="balanced")
             regression.fit(standardised, np.asarray(names))
             weight, bias = regression.coef_, regression.intercept_
             if len(classes[name]) == 2:  # scikit-learn has one row for two classes, the log-odds of the second class
@@ -155,12 +147,7 @@ def fitted_classifier(
     Without `attributes`, the classifier has every label of the manifest that `tag_labels` returns for all clips.
     """
     if folder is not None and Path(folder, "config.json").is_file():
-        classifier = load_module(folder, expect=AttributeClassifier)
-        if not isinstance(classifier, AttributeClassifier):
-            raise ValueError(
-                f"{folder} contains a {type(classifier).__name__}, not an AttributeClassifier; use another folder"
-            )
-        return classifier.requires_grad_(False)
+        return load_module(folder, expect=AttributeClassifier).requires_grad_(False)  # type: ignore[return-value]
     items = load_items(manifest).items
     if attributes is None:
         attributes = [name for name in tag_labels(items) if all(item.labels.get(name) is not None for item in items)]

@@ -48,6 +48,9 @@ class ClipFeatures(FeatureModule):
     The features of a mel band are statistics of its level over time: mean, standard deviation, quantiles, mean change.
     The features of rhythm are the autocorrelation and the modulation spectrum of the onset strength (rectified change
     of level), in four frequency regions and in the whole spectrum.
+
+    The `num_mels` bands, a multiple of 4, lie between 40 and 7600 Hz. Waves are resampled to `sample_hz`, and only the
+    middle `window_seconds`, at most 5, of longer waves are used.
     """
 
     @typed
@@ -59,14 +62,6 @@ class ClipFeatures(FeatureModule):
         dynamic_range_db: float = 30.0,
         window_seconds: float = 5.0,
     ) -> None:
-        """Create a module that computes features of music clips.
-
-        Args:
-            sample_hz: Sample rate in Hz to which waves are resampled.
-            num_mels: Number of mel bands between 40 and 7600 Hz, a multiple of 4.
-            dynamic_range_db: Distance in dB from the loudest value to the lower limit of levels.
-            window_seconds: Largest length of a wave in seconds, at most 5; only the middle of longer waves is used.
-        """
         super().__init__()
         if sample_hz < 2 * F_MAX_HZ or num_mels % NUM_ONSET_BANDS or dynamic_range_db <= 0:
             raise ValueError(

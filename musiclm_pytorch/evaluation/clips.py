@@ -10,7 +10,7 @@ from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.manifest import AudioItem
 
-__all__ = ["labels_of", "load_clips"]
+__all__ = ["label_text", "labels_of", "load_clips"]
 
 
 @typed
@@ -25,9 +25,13 @@ def load_clips(items: Sequence[AudioItem], sample_hz: int, seconds: float = 5.0)
 
 @typed
 def labels_of(items: Sequence[AudioItem], name: str) -> list[str]:
-    """Return the value of the label called `name` of every item as text; booleans become "yes" and "no"."""
+    """Return the value of the label called `name` of every item as text (see `label_text`)."""
     missing = [item.path for item in items if item.labels.get(name) is None]
     if missing:
         raise ValueError(f"{len(missing)} of {len(items)} clips have no label {name!r}, such as {missing[0]}; add it")
-    values = (item.labels[name] for item in items)
-    return [("yes" if value else "no") if isinstance(value, bool) else str(value) for value in values]
+    return [label_text(item.labels[name]) for item in items]
+
+
+def label_text(label: object) -> str:
+    """Return the value of a label as text; booleans become "yes" and "no"."""
+    return ("yes" if label else "no") if isinstance(label, bool) else str(label)

@@ -29,11 +29,7 @@ class AudioTextModel(Protocol):
 
 
 class JointEmbedder(Extractor):
-    """Embeddings `[b, d]` of unit norm of clips, and of texts in the same space.
-
-    Args:
-        name: Name in the report, e.g. "MuLan".
-    """
+    """Embeddings `[b, d]` of unit norm of clips, and of texts in the same space."""
 
     def __init__(self, model: AudioTextModel, name: str) -> None:
         self.model, self.name, self.sample_hz = model, name, model.sample_hz

@@ -111,14 +111,16 @@ class ClipSet:
 class Metric(ABC):
     """Base class of metrics of a set of clips; a new metric is one class in one file of `evaluation/metrics`.
 
-    `extractors` are the features that the metric needs; they are computed once for all metrics. `measure` receives the
-    clips to measure, and the real clips and training clips, which can be None. It raises `UnmetNeed` if something is
-    missing. The names of the returned values begin with `{name} / {clips.name}`.
+    `extractor` computes the features that the metric needs, once for all metrics with this extractor; its name replaces
+    "{}" in `name`. `measure` receives the clips to measure, and the real clips and training clips, which can be None.
+    It raises `UnmetNeed` if something is missing. The names of the returned values begin with `{name} / {clips.name}`.
     """
 
     name: str
-    extractors: tuple[Extractor, ...]
     uses_training: ClassVar[bool] = False
+
+    def __init__(self, extractor: Extractor) -> None:
+        self.extractor, self.name = extractor, self.name.format(extractor.name)
 
     @abstractmethod
     def measure(self, clips: ClipSet, real: ClipSet | None, training: ClipSet | None) -> list[MetricValue]:
@@ -168,9 +170,6 @@ def extract(
     """Compute the features of all clips with all extractors; every file is read once.
 
     `seconds` is the length of the first part of a clip that is used; None = the whole clip.
-
-    Raises:
-        ValueError: If a clip is too short or contains NaN, or if its features are not finite. The message has its path.
     """
     unique = {extractor.name: extractor for extractor in extractors}
     features: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(items) for name in unique}

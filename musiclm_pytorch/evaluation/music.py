@@ -33,13 +33,7 @@ def music_metrics(
     classifier: AttributeClassifier | None = None,
     tokens: SemanticTokens | None = None,
 ) -> list[Metric]:
-    """List the metrics that can be computed with the given models; several need no model.
-
-    Args:
-        joint: MuLan, CLAP, or both.
-        classifier: Classifier of labels, fitted to real clips.
-        tokens: Semantic tokens, for memorisation.
-    """
+    """List the metrics that can be computed with the given models; several need no model."""
     metrics: list[Metric] = []
     embedders = [*([] if musicnn is None else [musicnn]), *joint]
     for embedder in embedders:

@@ -60,11 +60,7 @@ class _MiddleConv(nn.Module):
 
 @register
 class MusicNN(nn.Module):
-    """Convolutional network that predicts tags of music from log-mel spectrograms of 3 s.
-
-    Args:
-        tags: Names of the outputs.
-    """
+    """Convolutional network that predicts tags of music from log-mel spectrograms of 3 s."""
 
     filters: Tensor
 

@@ -94,7 +94,6 @@ class ClapMuLaN(JointEmbedding):
 
     Args:
         source: Folder in transformers' format, hub id, or a loaded model, which is not copied.
-        tokenizer: Tokenizer of the texts; None = the tokenizer in `source`.
         offline: Whether to use only local folders and the local cache of the hub.
         allow_noncommercial: Whether to load weights with a non-commercial licence.
     """

@@ -126,9 +126,10 @@ def musicgen_trainer(
         check_run_folder(out, facts, write=accelerator.is_main_process, allow_changed=allow_changed)
         accelerator.wait_for_everyone()
         if preset.mix_prob == 0:
-            for argument, part, part_items in zip(("shards", "valid_shards"), ("train", "valid"), items):
-                folder = out / _TOKENS_FOLDER / part
-                data[argument] = compute_music_tokens(folder, part_items, origin={"part": part}, **tokens)
+            data["shards"] = tuple(
+                compute_music_tokens(out / _TOKENS_FOLDER / part, part_items, origin={"part": part}, **tokens)
+                for part, part_items in zip(("train", "valid"), items)
+            )
     with preserve_rng():
         seed_rng(seed, "lora", device=torch.device("cpu"))
         return MusicGenTrainer(

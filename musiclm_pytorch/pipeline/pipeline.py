@@ -340,31 +340,30 @@ class Pipeline:
         return {f"fitted.{name}": value for name, value in report.metrics.items()}
 
     @typed
-    def tokens(self) -> list[TokenShards]:
+    def tokens(self) -> tuple[TokenShards, TokenShards]:
         """Return tokens and MuLaN latents of the training files and the held-out files, computed where missing."""
         models = {
             "codec": self._load("codec", Codec),
             "semantic_tokenizer": self._load("semantic-tokenizer", SemanticTokenizer),
             "mulan": self._load("mulan", JointEmbedding),
         }
-        return [
+        train, valid = (
             compute_tokens(
                 self.out / "tokens" / part, items, **models, origin={"part": part}, accelerator=self.accelerator
             )
             for part, items in (("train", self.train_items), ("valid", self.valid_items))
-        ]
+        )
+        return train, valid
 
     def _train_stage(self, stage: str) -> dict[str, Any]:
         tokenizer, codec = self._load("semantic-tokenizer", SemanticTokenizer), self._load("codec", Codec)
         transformer = build_stage(self.preset, stage, codec=codec, tokenizer=tokenizer)
-        shards, valid_shards = self.tokens()
         trainer = stage_trainer(
             self.preset,
             transformer,
             stage,
             audio_conditioner=self._load("quantizer", MuLaNEmbedQuantizer),
-            shards=shards,
-            valid_shards=valid_shards,
+            shards=self.tokens(),
             **self._loop(stage),
         )
         metrics = self._train(trainer)

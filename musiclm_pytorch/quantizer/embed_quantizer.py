@@ -33,7 +33,6 @@ class MuLaNEmbedQuantizer(Conditioner):
 
     Args:
         mulan: Joint embedding, which stays in eval mode and receives no gradients.
-        conditioning_dims: Width of the code embeddings, for each name in `namespaces`.
         rq_num_quantizers: Number of quantizer levels, which is the number of codes per recording.
     """
 

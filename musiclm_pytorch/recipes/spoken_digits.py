@@ -204,8 +204,7 @@ def _train_stages(
         run = STAGES[name]
         trainers[name](
             transformer=transformer,
-            shards=shards[0],
-            valid_shards=shards[1],
+            shards=shards,
             data_max_length_seconds=run.seconds,
             batch_size=run.batch_size,
             results_folder=out / name,

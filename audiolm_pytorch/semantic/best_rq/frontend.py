@@ -26,7 +26,6 @@ class StackedLogMel(nn.Module):
     zero, so that the vectors of an item do not depend on the batch.
 
     Args:
-        n_fft: Length of the analysis window in samples; `hop_length` is the number of samples between mel frames.
         floor: Lower bound of the mel magnitudes; 1e-2 is 88 dB below a full-scale sine at n_fft 1024.
     """
 

@@ -104,7 +104,6 @@ class TokenTargets(nn.Module):
     """Quantizes the vectors of a token and its neighbours to codes, which are the targets of masked prediction.
 
     Args:
-        num_targets: Number of codebooks, q; every codebook has a target for each token.
         reach_tokens: Number of neighbours on each side that a target also describes; 0 in the paper.
         num_directions: Number of directions of `Decorrelation`; None means no decorrelation, as in the paper.
     """

@@ -102,10 +102,8 @@ class SemanticTokenizerTrainer:
     """Trainer of a BEST-RQ encoder on audio, and of a k-means tokenizer on a layer of the encoder.
 
     Args:
-        encoder: Encoder to train; its weights are changed in place.
         folder: Folder of audio files, manifest, torch `Dataset` of waves, or a list of them (see `load_items`).
         items: Training and validation items, or one or two torch data sets, instead of `folder`.
-        results_folder: Folder of checkpoints, metrics and the tokenizer; an unfinished run in this folder is continued.
         objective: `BestRQ` module whose encoder is `encoder`; None means `BestRQ(encoder)`.
         **loop_settings: Further fields of `LoopSettings`, such as `learning_rate` or `precision`.
     """

@@ -6,6 +6,7 @@ from torch import Tensor
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from musiclm_pytorch.evaluation.classifier import AttributeClassifier
 from musiclm_pytorch.evaluation.clip_features import MIN_SECONDS
+from musiclm_pytorch.evaluation.clips import label_text
 from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, Metric, UnmetNeed
 from musiclm_pytorch.evaluation.report import MetricValue, accuracy_metric
 
@@ -33,25 +34,22 @@ class LabelAdherence(Metric):
     """Accuracy, plain and balanced over classes, of an attribute classifier on clips with known labels."""
 
     name = "labels"
-
-    def __init__(self, features: AttributeFeatures) -> None:
-        self.features = features
-        self.extractors = (features,)
+    extractor: AttributeFeatures
 
     @torch.no_grad()
     def measure(self, clips: ClipSet, real: ClipSet | None, training: ClipSet | None) -> list[MetricValue]:
         """Measure every attribute of the classifier whose labels are classes of the classifier."""
-        classifier = self.features.classifier
-        inputs = torch.stack(clips.of(self.features)).to(classifier.mean.device)
+        classifier = self.extractor.classifier
+        inputs = torch.stack(clips.of(self.extractor)).to(classifier.mean.device)
         values: list[MetricValue] = []
         for attribute, classes in classifier.classes.items():
-            truth = [_as_text(label) for label in clips.labels(attribute)]
+            truth = [label_text(label) for label in clips.labels(attribute)]
             rows = [row for row, name in enumerate(truth) if name in classes]
             if not rows:
                 continue
             best = classifier.heads[attribute](inputs[rows]).argmax(dim=1).tolist()
             expected, answers = [truth[row] for row in rows], [classes[index] for index in best]
-            note = f"{self.features.note()}; {len(classes)} classes"
+            note = f"{self.extractor.note()}; {len(classes)} classes"
             # Expected accuracy of the same answers in random order, as for exchanged captions.
             shuffled = sum(expected.count(name) * answers.count(name) for name in classes) / len(rows) ** 2
             for balanced, words, chance in ((False, "accuracy", shuffled), (True, "balanced accuracy", None)):
@@ -60,8 +58,3 @@ class LabelAdherence(Metric):
         if not values:
             raise UnmetNeed(f"{clips.name}: the manifest has none of the labels {', '.join(classifier.classes)}")
         return values
-
-
-def _as_text(label: object) -> str:
-    """Return a label as the text that `labels_of` returns."""
-    return ("yes" if label else "no") if isinstance(label, bool) else str(label)

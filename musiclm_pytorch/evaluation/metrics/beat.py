@@ -94,18 +94,17 @@ class Beat(Metric):
     name = "beat"
 
     def __init__(self) -> None:
-        self.envelope = OnsetEnvelope()
-        self.extractors = (self.envelope,)
+        super().__init__(OnsetEnvelope())
 
     def measure(self, clips: ClipSet, real: ClipSet | None, training: ClipSet | None) -> list[MetricValue]:
         """Measure the clips; tempo and correlation only if labels or real clips exist."""
-        envelopes = clips.of(self.envelope)
-        prefix, note = f"{self.name} / {clips.name}", self.envelope.note()
+        envelopes = clips.of(self.extractor)
+        prefix, note = f"{self.name} / {clips.name}", self.extractor.note()
         strengths, tempi = (np.array(part) for part in zip(*map(autocorrelation_peak, envelopes)))
         values = [_median(f"{prefix} / strength", strengths, note)]
         references = None
         if real is not None and clips.references is not None:
-            references = [real.of(self.envelope)[index] for index in clips.references]
+            references = [real.of(self.extractor)[index] for index in clips.references]
         expected = _expected_tempi(clips, references)
         if any(tempo is not None for tempo in expected):
             is_right = [is_same_tempo(float(got), bpm) for got, bpm in zip(tempi, expected) if bpm is not None]

@@ -71,21 +71,20 @@ class ChromaSimilarity(Metric):
     name = "chroma cosine similarity"
 
     def __init__(self) -> None:
-        self.classes = PitchClasses()
-        self.extractors = (self.classes,)
+        super().__init__(PitchClasses())
 
     def measure(self, clips: ClipSet, real: ClipSet | None, training: ClipSet | None) -> list[MetricValue]:
         """Compare each clip with its real clip, over the frames of the shorter one."""
         real, references = require_references(clips, real, self)
-        expected = [real.of(self.classes)[index] for index in references]
-        hits, totals = np.array([_matches(a, b) for a, b in zip(clips.of(self.classes), expected)]).T
-        others = np.array([_matches(a, b) for a, b in zip(clips.of(self.classes), expected[1:] + expected[:1])])
+        expected = [real.of(self.extractor)[index] for index in references]
+        hits, totals = np.array([_matches(a, b) for a, b in zip(clips.of(self.extractor), expected)]).T
+        others = np.array([_matches(a, b) for a, b in zip(clips.of(self.extractor), expected[1:] + expected[:1])])
         chance = float(others[:, 0].sum() / others[:, 1].sum()) if len(clips) > 1 else None
 
         def share(rows: np.ndarray) -> float:
             return float(hits[rows].sum() / totals[rows].sum())
 
-        note = self.classes.note()
+        note = self.extractor.note()
         return [MetricValue.measured(f"{self.name} / {clips.name}", share, len(clips), chance, note)]
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, Metric, UnmetNeed
+from musiclm_pytorch.evaluation.metric import ClipSet, Metric, UnmetNeed
 from musiclm_pytorch.evaluation.report import MetricValue
 
 __all__ = ["Diversity"]
@@ -15,10 +15,7 @@ class Diversity(Metric):
     narrow cone.
     """
 
-    def __init__(self, embedder: Extractor) -> None:
-        self.embedder = embedder
-        self.extractors = (embedder,)
-        self.name = f"diversity ({embedder.name})"
+    name = "diversity ({})"
 
     def measure(self, clips: ClipSet, real: ClipSet | None, training: ClipSet | None) -> list[MetricValue]:
         """Measure at least 2 clips."""
@@ -36,11 +33,11 @@ class Diversity(Metric):
             same = (weights**2 * cosines.diagonal()).sum()
             return 1.0 - float((weights @ cosines @ weights - same) / pairs) if pairs else 0.0
 
-        name, note = f"{self.name} / {clips.name}", self.embedder.note(len(clips))
+        name, note = f"{self.name} / {clips.name}", self.extractor.note(len(clips))
         return [MetricValue.measured(name, distance, len(rows), None, note)]
 
     def _clip_rows(self, clips: ClipSet) -> np.ndarray:
         """Return the mean embedding of every clip, `[n, d]` float64."""
         return np.stack(
-            [self.embedder.embeddings(part).double().mean(dim=0).numpy() for part in clips.of(self.embedder)]
+            [self.extractor.embeddings(part).double().mean(dim=0).numpy() for part in clips.of(self.extractor)]
         )

@@ -30,11 +30,11 @@ def gaussian_frechet_distance(
 class FrechetDistance(SetDistance):
     """Fréchet distance; it is biased upwards if a set has few windows, so compare sets of equal size."""
 
-    measure_name = "Fréchet distance"
+    name = "Fréchet distance ({})"
 
     def weighted_distance(self, clips: ClipSet, real: ClipSet) -> WeightedDistance:
         """Fit weighted Gaussians to the windows of both sets."""
-        sides = [part.embeddings(self.embedder) for part in (clips, real)]
+        sides = [part.embeddings(self.extractor) for part in (clips, real)]
         for part, (rows, _) in zip((clips, real), sides):
             if len(rows) < 2:
                 raise UnmetNeed(f"{part.name}: a covariance needs at least 2 windows, got {len(rows)}; pass more clips")

@@ -3,7 +3,7 @@
 import numpy as np
 
 from audiolm_pytorch.checks.types import typed
-from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, Metric
+from musiclm_pytorch.evaluation.metric import ClipSet, Metric
 from musiclm_pytorch.evaluation.metrics.kl_divergence import kl_divergence
 from musiclm_pytorch.evaluation.report import MetricValue
 
@@ -19,14 +19,11 @@ def inception_score(posteriors: np.ndarray) -> float:
 class InceptionScore(Metric):
     """Inception score of the class probabilities of a classifier."""
 
-    def __init__(self, classifier: Extractor) -> None:
-        self.classifier = classifier
-        self.extractors = (classifier,)
-        self.name = f"inception score ({classifier.name})"
+    name = "inception score ({})"
 
     def measure(self, clips: ClipSet, real: ClipSet | None, training: ClipSet | None) -> list[MetricValue]:
         """Measure the clips; a single clip has the score 1."""
-        posteriors = clips.posteriors(self.classifier)
+        posteriors = clips.posteriors(self.extractor)
         name = f"{self.name} / {clips.name}"
-        note = self.classifier.note()
+        note = self.extractor.note()
         return [MetricValue.measured(name, lambda rows: inception_score(posteriors[rows]), len(clips), None, note)]

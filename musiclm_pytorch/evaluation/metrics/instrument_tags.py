@@ -39,18 +39,15 @@ class InstrumentTags(Metric):
     """
 
     name = "musicnn tags"
-
-    def __init__(self, musicnn: MusicNNExtractor) -> None:
-        self.musicnn = musicnn
-        self.extractors = (musicnn,)
+    extractor: MusicNNExtractor
 
     def measure(self, clips: ClipSet, real: ClipSet | None, training: ClipSet | None) -> list[MetricValue]:
         """Measure the clips; the mean over tags has chance level 0.5 only approximately, as tags are skewed."""
-        known = self.musicnn.network.tags
+        known = self.extractor.network.tags
         tags = tuple(tag for tag in INSTRUMENT_TAGS if tag in known)
         texts = [str(item.labels.get("instrument") or item.caption or "") for item in clips.items]
         requested = [named_tags(text, tags) for text in texts]
-        scores = torch.stack([self.musicnn.tags(part) for part in clips.of(self.musicnn)])
+        scores = torch.stack([self.extractor.tags(part) for part in clips.of(self.extractor)])
         is_higher: list[float] = []
         used: set[str] = set()
         for tag in tags:
@@ -62,7 +59,7 @@ class InstrumentTags(Metric):
             used.add(tag)
         if not is_higher:
             raise UnmetNeed(f"{clips.name}: neither labels 'instrument' nor captions name one of {', '.join(tags)}")
-        note = f"{self.musicnn.note()}; {', '.join(sorted(used))}"
+        note = f"{self.extractor.note()}; {', '.join(sorted(used))}"
         return [
             MetricValue.mean(
                 f"{self.name} / {clips.name} / requested instrument above other clips", is_higher, None, note

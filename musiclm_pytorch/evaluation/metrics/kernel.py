@@ -15,11 +15,11 @@ class KernelDistance(SetDistance):
     windows of the same clip are left out.
     """
 
-    measure_name = "kernel distance"
+    name = "kernel distance ({})"
 
     def weighted_distance(self, clips: ClipSet, real: ClipSet) -> WeightedDistance:
         """Compute the kernels of all pairs of clips once."""
-        (rows_a, index_a), (rows_b, index_b) = (part.embeddings(self.embedder) for part in (clips, real))
+        (rows_a, index_a), (rows_b, index_b) = (part.embeddings(self.extractor) for part in (clips, real))
         if min(len(clips), len(real)) < 2:
             raise UnmetNeed(f"the kernel distance needs at least 2 clips in each set, got {len(clips)} and {len(real)}")
         distances = _squared_distances(rows_b, rows_b)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from audiolm_pytorch.checks.types import typed
-from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, Metric, require_references
+from musiclm_pytorch.evaluation.metric import ClipSet, Metric, require_references
 from musiclm_pytorch.evaluation.report import MetricValue
 
 __all__ = ["KLDivergence", "kl_divergence"]
@@ -21,17 +21,14 @@ def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 class KLDivergence(Metric):
     """Mean KL(real clip || clip) of a classifier; the chance level compares each clip with all other real clips."""
 
-    def __init__(self, classifier: Extractor) -> None:
-        self.classifier = classifier
-        self.extractors = (classifier,)
-        self.name = f"KL divergence ({classifier.name})"
+    name = "KL divergence ({})"
 
     def measure(self, clips: ClipSet, real: ClipSet | None, training: ClipSet | None) -> list[MetricValue]:
         """Compare each clip with its real clip."""
         real, references = require_references(clips, real, self)
-        expected, got = real.posteriors(self.classifier)[references], clips.posteriors(self.classifier)
+        expected, got = real.posteriors(self.extractor)[references], clips.posteriors(self.extractor)
         values = kl_divergence(expected, got)
         everybody = np.stack([kl_divergence(expected, row) for row in got])
         count = len(values)
         chance = None if count < 2 else float((everybody.sum() - np.trace(everybody)) / (count * (count - 1)))
-        return [MetricValue.mean(f"{self.name} / {clips.name}", values, chance, self.classifier.note())]
+        return [MetricValue.mean(f"{self.name} / {clips.name}", values, chance, self.extractor.note())]

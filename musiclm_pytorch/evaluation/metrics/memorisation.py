@@ -75,12 +75,12 @@ class Memorisation(Metric):
     """
 
     name = "memorisation"
-
     uses_training = True
+    extractor: SemanticTokens
 
     def __init__(self, tokens: SemanticTokens, exact_seconds: float = 2.0) -> None:
-        self.tokens, self.exact_seconds = tokens, exact_seconds
-        self.extractors = (tokens,)
+        super().__init__(tokens)
+        self.exact_seconds = exact_seconds
         centroids = getattr(tokens.tokenizer, "centroids", None)
         self._centroids: Tensor | None = None if centroids is None else centroids.detach().float().cpu()
 
@@ -88,10 +88,10 @@ class Memorisation(Metric):
         """Measure the clips against the training clips."""
         if training is None:
             raise UnmetNeed(f"{self.name} needs the training clips; pass --training")
-        references, queries = training.of(self.tokens), clips.of(self.tokens)
+        references, queries = training.of(self.extractor), clips.of(self.extractor)
         prefix = f"{self.name} / {clips.name}"
-        note = f"{self.tokens.note()}; against {len(training)} training clips"
-        seconds = longest_shared_runs(queries, references) * self.tokens.seconds_per_token
+        note = f"{self.extractor.note()}; against {len(training)} training clips"
+        seconds = longest_shared_runs(queries, references) * self.extractor.seconds_per_token
         is_exact = seconds >= self.exact_seconds
         values = [
             MetricValue.mean(f"{prefix} / longest shared run, seconds", seconds, None, note),
@@ -102,7 +102,7 @@ class Memorisation(Metric):
         costs = _nearest_costs(queries, references, self._centroids)
         values.append(MetricValue.mean(f"{prefix} / cost of the nearest training clip", costs, None, note))
         if real is not None:
-            real_costs = _nearest_costs(real.of(self.tokens), references, self._centroids)
+            real_costs = _nearest_costs(real.of(self.extractor), references, self._centroids)
             limit = np.quantile(real_costs, _REAL_QUANTILE)
             values.append(MetricValue.mean(f"{prefix} / approximate matches", costs < limit, _REAL_QUANTILE, note))
         return values

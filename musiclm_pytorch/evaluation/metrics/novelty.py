@@ -96,12 +96,8 @@ class Novelty(Metric):
     Similar clips of the real set show how near new music is. The note states whether clips are nearer than real clips.
     """
 
+    name = "nearest training clip ({})"
     uses_training = True
-
-    def __init__(self, embedder: Extractor) -> None:
-        self.embedder = embedder
-        self.extractors = (embedder,)
-        self.name = f"nearest training clip ({embedder.name})"
 
     def measure(self, clips: ClipSet, real: ClipSet | None, training: ClipSet | None) -> list[MetricValue]:
         """Measure the clips against the training clips."""
@@ -109,7 +105,7 @@ class Novelty(Metric):
             raise UnmetNeed(f"{self.name} needs the training clips; pass --training")
         similarities = self._similarities(clips, training)
         expected = None if real is None else self._similarities(real, training)
-        note = f"{self.embedder.note()}; against {len(training)} training clips"
+        note = f"{self.extractor.note()}; against {len(training)} training clips"
         values = []
         for title, share in (("mean", None), ("95th percentile", 0.95)):
             value = _value(f"{self.name} / {clips.name} / {title}", similarities, share, note)
@@ -123,8 +119,8 @@ class Novelty(Metric):
         return self.measure(real, None, training)
 
     def _similarities(self, clips: ClipSet, training: ClipSet) -> np.ndarray:
-        queries, references = (torch.stack(_equal_shapes(part.of(self.embedder))) for part in (clips, training))
-        if queries.ndim == 3 and isinstance(self.embedder, MelodySpectrogram):
+        queries, references = (torch.stack(_equal_shapes(part.of(self.extractor))) for part in (clips, training))
+        if queries.ndim == 3 and isinstance(self.extractor, MelodySpectrogram):
             num_frames = min(queries.shape[2], references.shape[2])
             return melody_similarity(queries[..., :num_frames], references[..., :num_frames]).double().numpy()
         return nearest_similarity(queries, references).double().numpy()

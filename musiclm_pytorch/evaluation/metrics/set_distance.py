@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, Metric, UnmetNeed, require_real
+from musiclm_pytorch.evaluation.metric import ClipSet, Metric, UnmetNeed, require_real
 from musiclm_pytorch.evaluation.report import MetricValue
 
 __all__ = ["SetDistance", "WeightedDistance"]
@@ -23,13 +23,6 @@ class SetDistance(Metric):
     The interval is a bootstrap over the clips of both sets. A set drawn with repetition is less varied than the
     original set, which increases every distance; so the interval is moved by the mean of this increase.
     """
-
-    measure_name: str
-
-    def __init__(self, embedder: Extractor) -> None:
-        self.embedder = embedder
-        self.extractors = (embedder,)
-        self.name = f"{self.measure_name} ({embedder.name})"
 
     @abstractmethod
     def weighted_distance(self, clips: ClipSet, real: ClipSet) -> WeightedDistance:
@@ -67,5 +60,5 @@ class SetDistance(Metric):
         return [MetricValue(name, float(np.mean(drawn)), float(low), float(high), None, len(real) // 2, note)]
 
     def _note(self, clips: ClipSet, real: ClipSet) -> str:
-        num_rows = sum(len(self.embedder.embeddings(part)) for part in clips.of(self.embedder))
-        return f"{self.embedder.note(num_rows)}; against {len(real)} clips"
+        num_rows = sum(len(self.extractor.embeddings(part)) for part in clips.of(self.extractor))
+        return f"{self.extractor.note(num_rows)}; against {len(real)} clips"

@@ -13,15 +13,13 @@ __all__ = ["TextRetrieval"]
 class TextRetrieval(Metric):
     """Rank of a clip among all clips of the set for its caption; equal captions have several right clips."""
 
-    def __init__(self, embedder: JointEmbedder) -> None:
-        self.embedder = embedder
-        self.extractors = (embedder,)
-        self.name = f"retrieval ({embedder.name})"
+    name = "retrieval ({})"
+    extractor: JointEmbedder
 
     def measure(self, clips: ClipSet, real: ClipSet | None, training: ClipSet | None) -> list[MetricValue]:
         """Measure recall at 1, 5 and 10, median rank and mean average precision."""
         texts, relevant = different_captions([[caption] for caption in clips.captions()])
         if len(texts) < 2:
             raise UnmetNeed(f"{clips.name}: retrieval needs at least 2 different captions, got {len(texts)}")
-        cosines = self.embedder.texts(texts) @ torch.stack(clips.of(self.embedder)).T
-        return retrieval(cosines, relevant).metrics(f"{self.name} / {clips.name}", self.embedder.note(len(clips)))
+        cosines = self.extractor.texts(texts) @ torch.stack(clips.of(self.extractor)).T
+        return retrieval(cosines, relevant).metrics(f"{self.name} / {clips.name}", self.extractor.note(len(clips)))

@@ -12,15 +12,13 @@ __all__ = ["TextSimilarity"]
 class TextSimilarity(Metric):
     """Mean cosine of the embeddings of clips and captions; the chance level is the mean over the captions of others."""
 
-    def __init__(self, embedder: JointEmbedder, name: str = "text similarity") -> None:
-        self.embedder = embedder
-        self.extractors = (embedder,)
-        self.name = f"{name} ({embedder.name})"
+    name = "text similarity ({})"
+    extractor: JointEmbedder
 
     def measure(self, clips: ClipSet, real: ClipSet | None, training: ClipSet | None) -> list[MetricValue]:
         """Measure clips with captions."""
-        cosines = (self.embedder.texts(clips.captions()) @ torch.stack(clips.of(self.embedder)).T).double().numpy()
+        cosines = (self.extractor.texts(clips.captions()) @ torch.stack(clips.of(self.extractor)).T).double().numpy()
         count = len(clips)
         chance = None if count < 2 else float((cosines.sum() - cosines.trace()) / (count * (count - 1)))
-        note = self.embedder.note(count)
+        note = self.extractor.note(count)
         return [MetricValue.mean(f"{self.name} / {clips.name}", cosines.diagonal(), chance, note)]

@@ -158,7 +158,7 @@ def measure_chain(
 ) -> list[MetricValue]:
     """Measure beat strength, tempo and how well onsets follow the real clips, after every link."""
     metric = Beat()
-    envelope = metric.envelope
+    envelope = metric.extractor
     features: dict[str, list[Tensor]] = {}
     for first in range(0, len(items), batch_size):
         part = items[first : first + batch_size]

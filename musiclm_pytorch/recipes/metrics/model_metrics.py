@@ -91,8 +91,8 @@ def measure(
     """
     mulan = JointEmbedder(model.mulan_embed_quantizer.mulan, "MuLan")
     metrics = music_metrics(joint=[mulan], musicnn=musicnn, classifier=classifier)
-    extractors = [extractor for metric in metrics for extractor in metric.extractors]
-    users = [extractor for metric in metrics if metric.uses_training for extractor in metric.extractors]
+    extractors = [metric.extractor for metric in metrics]
+    users = [metric.extractor for metric in metrics if metric.uses_training]
     real = ClipSet(f"{clips.name}, real", clips.valid, extract(clips.valid, extractors, settings.seconds))
     training = ClipSet("training", clips.train, extract(clips.train, users, settings.seconds))
     sets = [

@@ -115,8 +115,7 @@ def close(result: Tensor, expected: Tensor, seconds: float) -> bool:
 def unpacked(stage, read):
     """Training tokens of a stage by stream name, unpacked from the grid, and the frames of each item."""
     streams, lengths = stage.streams_of(read.tokens)
-    names = [stream.name for stream in stage.layout.streams]
-    return stage.layout.unpack(stage.packed(read.tokens, read.ends).ids, lengths, names), lengths
+    return stage.layout.unpack(stage.packed(read.tokens, read.ends).ids, lengths), lengths
 
 
 def check_rows(stage, packed):

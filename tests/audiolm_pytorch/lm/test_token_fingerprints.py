@@ -132,7 +132,7 @@ def test_shards_of_another_tokenizer_raise_errors(name, maker, tmp_path):
     with pytest.raises(
         ValueError, match=rf"the {kind} tokens .*ours were made with {own}, .*theirs were made with another"
     ):
-        build(transformer=fakes.tiny_stages()[name], shards=ours, valid_shards=theirs, **common)
+        build(transformer=fakes.tiny_stages()[name], shards=(ours, theirs), **common)
     assert not (tmp_path / "run").exists()
 
 

@@ -104,7 +104,6 @@ def test_learns_from_shards_and_reports_chance(name, tmp_path):
         transformer=tiny_stages(**CONDITION)[name],
         audio_conditioner=FakeConditioner(),
         shards=shards,
-        valid_shards=shards,
         results_folder=tmp_path / "run",
         level_drop_prob=0.5,
         **{**QUICK, "num_train_steps": 60, "batch_size": 4},
@@ -432,11 +431,10 @@ def test_generation_between_steps_changes_nothing(ema_decay, tmp_path):
 
 
 def test_wrong_arguments_raise_errors(tmp_path, write_folder):
-    """Held-out shards with training files, crops shorter than a token, and wrong probabilities."""
-    folder, shards = write_folder(num_files=4, sample_hz=SAMPLE_HZ), make_shards(tmp_path / "shards")
+    """Crops shorter than a token, and wrong probabilities."""
+    folder = write_folder(num_files=4, sample_hz=SAMPLE_HZ)
     common = {**QUICK, "results_folder": tmp_path / "run"}
     for wrong, message in [
-        ({"valid_shards": shards}, "valid_shards without shards"),
         ({"data_max_length_seconds": 0.03}, "crops of 0.03 s, but a token lasts 0.04 s"),
         ({"level_drop_prob": 2.0}, "level_drop_prob must be in"),
     ]:

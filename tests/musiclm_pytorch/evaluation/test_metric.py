@@ -104,7 +104,7 @@ def test_missing_needs_are_left_out_with_the_reason():
 def test_every_metric_of_the_list_follows_the_interface():
     """Names are unique, and no name contains the separator of names."""
     metrics = music_metrics(musicnn=MusicNNExtractor())
-    assert all(isinstance(metric, Metric) and metric.extractors for metric in metrics)
+    assert all(isinstance(metric, Metric) and metric.extractor for metric in metrics)
     names = [metric.name for metric in metrics]
     assert len(set(names)) == len(names) and not any(" / " in name for name in names)
     assert name_parts(MetricValue("m / set / a / b", 1, 1, 1, None, 1)) == ("m / a / b", "set")

@@ -89,7 +89,7 @@ def test_semantic_and_acoustic_tokens_of_a_crop_are_aligned(tmp_path):
     pairs = [(epoch, 0) for epoch in range(6)]
     read = source.read(source.batch(pairs))
     streams, lengths = stage.streams_of(read.tokens)
-    unpacked = stage.layout.unpack(stage.packed(read.tokens, read.ends).ids, lengths, ["semantic", "coarse"])
+    unpacked = stage.layout.unpack(stage.packed(read.tokens, read.ends).ids, lengths)
     whole = tokenizer(click_track(CLICKS, 3.0, MODEL_HZ)[None])[0]
     agreement = dict.fromkeys((-1, 0, 1), 0)
     for item, pair in enumerate(pairs):
