@@ -35,7 +35,7 @@ def seeded() -> None:
     """Start every test from the same random state, on one thread."""
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed takes 1.5 ms
     torch.set_num_threads(1)
 
 

@@ -63,6 +63,7 @@ PARTS: dict[str, tuple[Callable[[], nn.Module], str, Callable[[int], Tensor], tu
     "audio tower": (small.small_mulan, "get_audio_latents", wave, (4000, 2237, 3201)),
     "text tower": (small.small_mulan, "get_text_latents", text, NUM_TOKENS),
 }
+TRACED_IN_DEFAULT_RUN = ("convolutional encoder", "tokenizer", "audio tower", "text tower")
 every_part = pytest.mark.parametrize("part", PARTS)
 
 
@@ -93,7 +94,9 @@ def test_export_with_a_dynamic_length(part: str) -> None:
     check_equal(part, exported.module(), module)
 
 
-@every_part
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=() if part in TRACED_IN_DEFAULT_RUN else pytest.mark.slow) for part in PARTS]
+)
 def test_trace(part: str) -> None:
     """torch.jit.trace keeps the length dynamic."""
     module, x = built(part)

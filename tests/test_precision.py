@@ -35,7 +35,11 @@ from tests.helpers import small_models as small
 from tests.helpers.published_vq_wav2vec import vq_settings, write_vq_wav2vec
 
 transformers = pytest.importorskip("transformers")
-DTYPES = [torch.float16, torch.bfloat16, torch.float64]
+every_dtype = pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.float64))],
+    ids=str,
+)
 WAVE = 0.1 * torch.sin(torch.arange(2 * 4000).float()).view(2, 4000)
 
 LATENTS = torch.nn.functional.normalize(torch.randn(2, 4, 8), dim=-1)
@@ -67,7 +71,7 @@ CODECS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("kind", CODECS)
 def test_codecs(kind, dtype):
     """Encoder, quantizers of every kind and decoder."""
@@ -219,7 +223,7 @@ MODULES = {
 LARGE = ("MusicNN", "ClapMuLaN", "AttributeClassifier")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in MODULES]
 )
@@ -239,7 +243,7 @@ def test_all_registered_classes_are_tested():
     assert registered == MODULES.keys() | set(USED_ELSEWHERE)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_towers_quantizer_and_tokenizer(dtype):
     """MuLaN and its loss, the codes of waves and texts, semantic tokens."""
     mulan, tokenizer = small.small_mulan().to(dtype), small.small_tokenizer().to(dtype)
@@ -251,7 +255,7 @@ def test_towers_quantizer_and_tokenizer(dtype):
     assert tokenizer(WAVE, input_sample_hz=16_000).shape == (2, 25)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_musiclm_with_prompt(dtype):
     """Text, audio prompt and ranking, whole and as a stream."""
     musiclm = small.small_musiclm(codec=small.small_spectral_codec().eval()).to(dtype)

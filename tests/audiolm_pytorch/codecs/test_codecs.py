@@ -126,6 +126,7 @@ def test_snippet_of_the_design():
         assert torch.allclose(soundstream.decode_from_codebook_indices(codes), recons, atol=1e-5)
 
 
+@pytest.mark.slow
 @each_quantizer
 def test_every_quantizer_saves_and_loads(quantizer, tmp_path):
     """Quantizer, attention and denoising condition are saved with the codec."""

@@ -216,6 +216,7 @@ def test_streams_equal_the_whole(kind):
             torch.testing.assert_close(wave, codec.decode_from_codebook_indices(code), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @each_codec
 def test_latency(kind):
     """A code is returned when its frame and the look-ahead are complete, a wave when its codes are."""

@@ -618,7 +618,15 @@ def test_a_data_set_that_changes_is_named() -> None:
         data.get(0, 0)
 
 
-@pytest.mark.parametrize("source", ["data set", "two data sets", "folders", "folder argument"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "data set",
+        "folders",
+        pytest.param("two data sets", marks=pytest.mark.slow),
+        pytest.param("folder argument", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("trainer", ["codec", "semantic", "best_rq", "mulan", "kmeans"])
 def test_every_trainer_takes_data_sets_and_lists_of_folders(
     tmp_path: Path, write_tone: WriteTone, trainer: str, source: str

@@ -52,7 +52,7 @@ def is_quick(case: Case) -> bool:
 CASES = [Case(*choice) for choice in product(STAGES, PATTERNS, POSITIONS, CONDITIONS)]
 
 
-def every_case(keep=lambda case: True):
+def every_case(keep=lambda case: True, is_quick=is_quick):
     cases = [
         pytest.param(case, marks=() if is_quick(case) else pytest.mark.slow, id="-".join(case))
         for case in CASES
@@ -267,7 +267,7 @@ def test_teacher_forced_logits_equal_those_of_decoding(case, monkeypatch):
     assert {(item, int(row)) for item, row in enumerate(last_read)} <= set(read)
 
 
-@every_case(lambda case: case.stage == "semantic")
+@every_case(lambda case: case.stage == "semantic", lambda case: is_quick(case) and case.condition == "none")
 def test_the_end_is_learned_where_the_file_ends(case):
     """Only the sequence whose file ended stops by itself, at the right frame, in one batch with crops."""
     own = memorised(case)

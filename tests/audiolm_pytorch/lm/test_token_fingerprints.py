@@ -105,7 +105,7 @@ def test_checkpoints_and_results_store_fingerprints(name, source, tmp_path, writ
 
 @pytest.mark.parametrize(("name", "maker"), PAIRS)
 @every_source
-@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("finished", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_is_not_resumed_with_another_tokenizer(name, maker, source, finished, tmp_path, write_folder):
     """Resuming a run with another tokenizer raises an error and does not change the stage."""
     trainer_of(name, source, tmp_path, write_folder).train(stop_after_steps=None if finished else 2)

@@ -258,7 +258,14 @@ def test_outputs_of_sequences_equal_those_of_the_published_module(published: Pub
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("counts", [[9, 4, 1], [5, 5, 5], [6]], ids=["unequal", "equal", "one_item"])
+@pytest.mark.parametrize(
+    "counts",
+    [
+        pytest.param([9, 4, 1], id="unequal"),
+        pytest.param([5, 5, 5], id="equal", marks=pytest.mark.slow),
+        pytest.param([6], id="one_item", marks=pytest.mark.slow),
+    ],
+)
 def test_decoded_rows_equal_those_of_the_published_module_with_its_cache(
     published: Published, counts: list[int]
 ) -> None:

@@ -15,6 +15,9 @@ from tests.helpers.bad_input import bad_input, check_bad_input, listing
 from tests.helpers.micro import write_clips
 
 SHORT = ("--seconds", "0.5", "--num-samples", "2")
+every_suffix = pytest.mark.parametrize(
+    "suffix", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("wav", "ogg")), "flac"]
+)
 
 
 @pytest.fixture
@@ -66,7 +69,7 @@ def test_generate_continues_a_file(musiclm_command, model, tmp_path, capsys):
     assert abs(waves["loud"] - waves["soft"]).max() > 1e-3
 
 
-@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
+@every_suffix
 def test_the_seed_determines_the_music(musiclm_command, model, tmp_path, suffix):
     """The same command writes the same samples, another seed writes others, in every format."""
     for name, seed in {"a": 1, "b": 1, "c": 8}.items():
@@ -76,7 +79,7 @@ def test_the_seed_determines_the_music(musiclm_command, model, tmp_path, suffix)
     assert (a == b).all() and (a != c).any()
 
 
-@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
+@every_suffix
 def test_a_file_knows_its_text_and_seed(musiclm_command, model, tmp_path, suffix):
     """The comment field repeats the music: its seed alone generates the best of three candidates again."""
     text, out, again = 'un "ton" grave\n笛子', tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
@@ -107,6 +110,7 @@ def test_any_text_is_a_title(tmp_path):
         assert (tmp_path / f"{number}.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_train_reports_every_step_and_continues(musiclm_command, micro_data, micro_run, tmp_path, capsys):
     """`train STEP`, then `train all`: one line per step with its time, no step runs twice, stderr is empty."""
     shutil.copytree(micro_run, tmp_path / "run")

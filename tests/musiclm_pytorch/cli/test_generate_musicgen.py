@@ -11,6 +11,7 @@ from musiclm_pytorch.musicgen.musicgen import MusicGen
 from tests.helpers.published_musicgen import write_musicgen
 
 
+@pytest.mark.slow
 def test_music_is_written_to_a_file_and_streamed(musiclm_command, tmp_path: Path, capsys) -> None:
     """The kind of the model is found in its folder, in every format; a melody needs a model with a melody."""
     folder = write_musicgen(tmp_path / "model", melody=True)

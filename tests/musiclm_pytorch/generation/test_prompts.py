@@ -92,7 +92,7 @@ def test_a_story_of_one_entry_is_the_plain_call(musiclm: MusicLM) -> None:
     assert torch.equal(musiclm([(0, LOW)], **REQUEST), musiclm(LOW, **REQUEST))
 
 
-@pytest.mark.parametrize("change", [0.2, 0.32, 0.5])
+@pytest.mark.parametrize("change", [0.2, *(pytest.param(at, marks=pytest.mark.slow) for at in (0.32, 0.5))])
 def test_tokens_before_a_change_are_those_of_music_that_ends_there(musiclm: MusicLM, change: float) -> None:
     """Inside a window, at its end and in a later window; after the change, the tokens depend on the new text."""
     before, plain = tokens_of(musiclm, LOW, change), tokens_of(musiclm, LOW, 0.8)
@@ -119,6 +119,7 @@ def test_a_model_that_depends_on_the_text_alone_changes_exactly_at_the_change() 
         assert torch.equal(story, torch.cat((low[:, :tokens], high[:, tokens:25], low[:, 25:]), dim=1))
 
 
+@pytest.mark.slow
 def test_stories_with_other_changes_do_not_change_each_other(musiclm: MusicLM) -> None:
     """A story among others equals the story alone, for all batch sizes."""
     prompts = [[(0, LOW), (0.2, HIGH)], LOW, [(0, HIGH), (0.1, LOW), (0.36, "a third")], Mixture([(LOW, 1), (HIGH, 1)])]

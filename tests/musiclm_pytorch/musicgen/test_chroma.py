@@ -69,6 +69,7 @@ def test_melody_of_a_window_is_shifted_and_repeated() -> None:
     assert notes.window(chroma, 3 * 4096 / HZ).argmax(-1).tolist() == [*range(3, 12), 0, 1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_prompt_melody_and_text_together(tmp_path: Path) -> None:
     """Complaint: prompt with melody impossible. Each of them changes the result; items do not depend on the batch."""
     pytest.importorskip("transformers")

@@ -1,6 +1,7 @@
 """MusicGen against the models of transformers, with small random weights in the files that transformers writes."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from tests.helpers.published_musicgen import VOCAB, oracle, write_musicgen  # no
 
 TEXTS = ["slow piano ballad", "Fast violin jig with drums"]
 KINDS: dict[str, dict[str, Any]] = {"mono": {}, "stereo": {"channels": 2}, "audiogen": {"audiogen": True}}
+every_scale = pytest.mark.parametrize(
+    "scale", [pytest.param(1.0, marks=pytest.mark.slow, id="no_guidance"), pytest.param(3.0, id="guidance")]
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +28,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One folder per kind of model."""
     root = tmp_path_factory.mktemp("models")
     return {name: write_musicgen(root / name, **options) for name, options in KINDS.items()}
+
+
+@lru_cache
+def loaded(folder: Path, melody: bool = False) -> tuple[MusicGen, Any]:
+    """The model in a folder, loaded by this library and by transformers; tests must not change them."""
+    return MusicGen.from_pretrained(folder), oracle(folder, melody)
+
+
+@pytest.fixture(scope="module")
+def melody_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model with a melody."""
+    return write_musicgen(tmp_path_factory.mktemp("melody"), melody=True)
 
 
 def text_inputs(folder: Path, texts: list[str]) -> dict[str, Tensor]:
@@ -67,7 +83,7 @@ def recording(decode: Callable[..., Any], decoded: list[Tensor]) -> Callable[...
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_equal_those_of_transformers(folders: dict[str, Path], kind: str) -> None:
     """All rows of all levels, with texts of unequal length and without a text, to 1e-5."""
-    model, reference = MusicGen.from_pretrained(folders[kind]), oracle(folders[kind])
+    model, reference = loaded(folders[kind])
     channels = model.codec.channels
     codes = torch.randint(VOCAB, (2, 12, 4 * channels))
     ids = grid_of(codes, channels)
@@ -84,13 +100,15 @@ def test_logits_equal_those_of_transformers(folders: dict[str, Path], kind: str)
 
 @torch.no_grad()
 @pytest.mark.parametrize("prompt_frames", [0, 6], ids=["no_prompt", "prompt"])
-@pytest.mark.parametrize("scale", [1.0, 3.0], ids=["no_guidance", "guidance"])
-@pytest.mark.parametrize("kind", KINDS)
+@every_scale
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "mono" else pytest.mark.slow) for kind in KINDS]
+)
 def test_greedy_tokens_equal_those_of_transformers(
     folders: dict[str, Path], kind: str, scale: float, prompt_frames: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Frames and 3 new rows in transformers are the frames of this library, and the waves are equal to 1e-5."""
-    model, reference = MusicGen.from_pretrained(folders[kind]), oracle(folders[kind])
+    model, reference = loaded(folders[kind])
     channels, factor, frames = model.codec.channels, model.codec.downsample_factor, 20
     prompt = 0.3 * torch.randn(2, channels, prompt_frames * factor) if prompt_frames else None
     decoded: list[Tensor] = []
@@ -116,14 +134,13 @@ MELODY_FRAMES = 5  # repeated to the 9 frames of the model
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scale", [1.0, 3.0], ids=["no_guidance", "guidance"])
+@every_scale
 @pytest.mark.parametrize("with_melody", [True, False], ids=["melody", "no_melody"])
 def test_greedy_tokens_with_a_melody_equal_those_of_transformers(
-    tmp_path: Path, with_melody: bool, scale: float, monkeypatch: pytest.MonkeyPatch
+    melody_folder: Path, with_melody: bool, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Complaint: melody ignored. A batch equals the single items of transformers, which has no mask for texts."""
-    folder = write_musicgen(tmp_path, melody=True)
-    model, reference = MusicGen.from_pretrained(folder), oracle(folder, melody=True)
+    model, reference = loaded(melody_folder, melody=True)
     chroma = [torch.eye(12)[torch.randint(12, (MELODY_FRAMES,))] for _ in TEXTS]
     decoded: list[Tensor] = []
     decode = reference.audio_encoder.decode
@@ -134,7 +151,7 @@ def test_greedy_tokens_with_a_melody_equal_those_of_transformers(
     for item, text in enumerate(TEXTS):
         features = {"input_features": chroma[item].unsqueeze(0)} if with_melody else {}
         reference.generate(
-            **text_inputs(folder, [text]), **features, do_sample=False, guidance_scale=scale, max_new_tokens=18
+            **text_inputs(melody_folder, [text]), **features, do_sample=False, guidance_scale=scale, max_new_tokens=18
         )
         assert torch.equal(music.tokens[item], decoded[item][0, 0].T)
     if with_melody:
@@ -143,13 +160,12 @@ def test_greedy_tokens_with_a_melody_equal_those_of_transformers(
 
 
 @torch.no_grad()
-def test_logits_with_a_melody_equal_those_of_transformers(tmp_path: Path) -> None:
+def test_logits_with_a_melody_equal_those_of_transformers(melody_folder: Path) -> None:
     """All rows of all levels, to 1e-5."""
-    folder = write_musicgen(tmp_path, melody=True)
-    model, reference = MusicGen.from_pretrained(folder), oracle(folder, melody=True)
+    model, reference = loaded(melody_folder, melody=True)
     codes, chroma = torch.randint(VOCAB, (1, 12, 4)), torch.eye(12)[torch.randint(12, (1, 9))]
     expected = reference(
-        **text_inputs(folder, TEXTS[:1]), input_features=chroma, decoder_input_ids=grid_of(codes, 1)
+        **text_inputs(melody_folder, TEXTS[:1]), input_features=chroma, decoder_input_ids=grid_of(codes, 1)
     ).logits
     assert model.text_conditioner is not None
     states = model.text_conditioner.forward(TEXTS[:1])

@@ -23,6 +23,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "melody": {"melody": True},
     "audiogen": {"audiogen": True},
 }
+every_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "mono" else pytest.mark.slow) for kind in KINDS]
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def assert_equal(first: MusicGen, second: MusicGen) -> None:
     assert first.text_conditioner.fingerprint() == second.text_conditioner.fingerprint()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_both_formats_load_to_the_same_model(folders: dict[str, Path], kind: str) -> None:
     """The weights of audiocraft's files were rounded to float16; loaded weights are float32."""
     model = MusicGen.from_pretrained(folders[kind])
@@ -62,10 +65,8 @@ def test_both_formats_load_to_the_same_model(folders: dict[str, Path], kind: str
         assert other.transformer.config == model.transformer.config
 
 
-@pytest.mark.parametrize("format", ["own", "transformers", "audiocraft"])
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if kind == "mono" else pytest.mark.slow) for kind in KINDS]
-)
+@pytest.mark.parametrize("format", ["own", "transformers", pytest.param("audiocraft", marks=pytest.mark.slow)])
+@every_kind
 def test_saved_models_load_bit_for_bit(folders: dict[str, Path], kind: str, format: Any, tmp_path: Path) -> None:
     """The text encoder is saved too, also beside audiocraft's files; no format reaches for the hub."""
     model = MusicGen.from_pretrained(folders[kind])
@@ -75,7 +76,9 @@ def test_saved_models_load_bit_for_bit(folders: dict[str, Path], kind: str, form
     assert_equal(model, MusicGen.from_pretrained(tmp_path / "saved", offline=True))
 
 
-@pytest.mark.parametrize("kind", ["mono", "stereo", "melody"])
+@pytest.mark.parametrize(
+    "kind", ["mono", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("stereo", "melody"))]
+)
 def test_transformers_loads_saved_models(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
     """All weights are there, and the configs are equal."""
     MusicGen.from_pretrained(folders[kind]).save_pretrained(tmp_path, format="transformers")
@@ -87,6 +90,7 @@ def test_transformers_loads_saved_models(folders: dict[str, Path], kind: str, tm
     assert processor is None or processor(text=["a harp"])["input_ids"]
 
 
+@pytest.mark.slow
 def test_sharded_weights_load(folders: dict[str, Path], tmp_path: Path) -> None:
     """Large models are published in several safetensors files."""
     oracle(folders["mono"]).save_pretrained(tmp_path, max_shard_size="20KB")
@@ -96,6 +100,7 @@ def test_sharded_weights_load(folders: dict[str, Path], tmp_path: Path) -> None:
     assert_equal(MusicGen.from_pretrained(folders["mono"]), MusicGen.from_pretrained(tmp_path))
 
 
+@pytest.mark.slow
 def test_training_checkpoint_of_audiocraft_loads(folders: dict[str, Path], tmp_path: Path) -> None:
     """Weights may be below `best_state.model`."""
     model = MusicGen.from_pretrained(folders["mono"])
@@ -106,6 +111,7 @@ def test_training_checkpoint_of_audiocraft_loads(folders: dict[str, Path], tmp_p
     )
 
 
+@pytest.mark.slow
 def test_old_names_of_attention_load(folders: dict[str, Path], tmp_path: Path) -> None:
     """Audiocraft names attention `mha` without its own attention."""
     model = MusicGen.from_pretrained(folders["mono"])
@@ -122,7 +128,7 @@ class _Call:
         return print, ("code of the file ran",)
 
 
-@pytest.mark.parametrize("file", ["state_dict.bin", "compression_state_dict.bin"])
+@pytest.mark.parametrize("file", [pytest.param("state_dict.bin", marks=pytest.mark.slow), "compression_state_dict.bin"])
 def test_hostile_files_are_refused(folders: dict[str, Path], tmp_path: Path, file: str, capsys: Any) -> None:
     """No code of a file runs."""
     write_audiocraft_files(tmp_path, oracle(folders["mono"]))
@@ -139,11 +145,11 @@ def test_hostile_files_are_refused(folders: dict[str, Path], tmp_path: Path, fil
     ("section", "changes", "message"),
     [
         ("transformer_lm", {"positional_embedding": "rope"}, "positional_embedding"),
-        ("transformer_lm", {"qk_layer_norm": True}, "qk_layer_norm"),
-        ("transformer_lm", {"num_layers": 3}, "missing"),
-        ("codebooks_pattern", {"modeling": "parallel"}, "delays"),
-        ("fuser", {"cross": [], "sum": ["description"]}, "fuser"),
-        ("conditioners", {"style": {"model": "style"}}, "conditioners"),
+        pytest.param("transformer_lm", {"qk_layer_norm": True}, "qk_layer_norm", marks=pytest.mark.slow),
+        pytest.param("transformer_lm", {"num_layers": 3}, "missing", marks=pytest.mark.slow),
+        pytest.param("codebooks_pattern", {"modeling": "parallel"}, "delays", marks=pytest.mark.slow),
+        pytest.param("fuser", {"cross": [], "sum": ["description"]}, "fuser", marks=pytest.mark.slow),
+        pytest.param("conditioners", {"style": {"model": "style"}}, "conditioners", marks=pytest.mark.slow),
     ],
 )
 def test_unsupported_settings_are_named(

@@ -190,7 +190,7 @@ def test_long_sequences_in_bfloat16_are_finite(folder: Path) -> None:
     assert model.generate(texts=["drums", None], seconds=0.2, seeds=0).tokens.shape == (2, 10, 4)
 
 
-@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("channels", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_stream_equals_generate(tmp_path: Path, channels: int) -> None:
     """Three windows with a prompt: equal tokens, and waves without noise at the ends of chunks or of the music."""
     model = MusicGen.from_pretrained(write_musicgen(tmp_path, channels=channels))

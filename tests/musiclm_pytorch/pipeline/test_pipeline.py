@@ -124,6 +124,7 @@ def test_finished_steps_are_not_repeated_and_lost_results_are_restored(micro_dat
     assert not (run / "coarse" / ".writing-123").exists()
 
 
+@pytest.mark.slow
 def test_wall_time_counts_all_sessions(micro_data, tmp_path, monkeypatch):
     """The time of a resumed step includes the earlier sessions."""
     run = tmp_path / "run"

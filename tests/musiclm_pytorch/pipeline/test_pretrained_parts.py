@@ -61,6 +61,7 @@ def pretrained_run(parts, micro_data, tmp_path_factory):
     return out, {report.step: report for report in reports}
 
 
+@pytest.mark.slow
 def test_pretrained_parts_are_saved_without_rounding_or_training(parts, pretrained_run):
     """The result of the step is the pretrained part, number for number, and there is no checkpoint."""
     out, reports = pretrained_run

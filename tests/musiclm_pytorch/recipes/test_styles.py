@@ -74,6 +74,7 @@ def test_songs_have_chords_without_gaps_and_melodies_in_range(name: str) -> None
         assert len(song.notes) >= song.num_bars
 
 
+@pytest.mark.slow
 def test_labels_agree_with_the_notes() -> None:
     """Drums, bass and chords sound exactly if the labels name them, in the register and at the tempo of the labels."""
     for index in range(120):

@@ -241,6 +241,7 @@ def planted(quantizer: ResidualQuantizer, point: Tensor) -> None:
         state.embed_avg.copy_(state.embed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distance", [0.0, 100.0])
 def test_dead_codes_are_revived(distance):
     """Three clusters and all codes on one point, near or far: finally at least 95% of the codes are used."""

@@ -134,6 +134,7 @@ def test_ids_are_equal_on_real_recordings(tmp_path, large):
         assert torch.equal(tokenizer(wave, input_sample_hz=rate_hz)[0], ids[row, :count])
 
 
+@pytest.mark.slow
 def test_every_source_of_one_model_gives_one_tokenizer(published, tokenizer, tmp_path):
     """Tokens computed before must stay valid when the same model comes from another kind of file."""
     model, _, checkpoint, kmeans_path = published

@@ -290,6 +290,7 @@ def test_convolution_settings():
             conv_layers_of(setting)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compress", [0, 3, "gzip", "bz2", "lzma", "xz", ("zlib", 9)])
 def test_centroids_come_back(tmp_path, compress, rng):
     """Centroids of every type and order, in every protocol and compression, as joblib itself reads them."""

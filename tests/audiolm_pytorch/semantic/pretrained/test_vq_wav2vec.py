@@ -81,6 +81,7 @@ def test_fulfils_the_protocol_and_the_published_example(tokenizer):
     assert int(ids.max()) < tokenizer.codebook_size == 2 * CODES
 
 
+@pytest.mark.slow
 def test_num_frames_is_exact(tokenizer):
     """Guards the frame arithmetic: the closed form, the method and the ids agree for 200 random lengths."""
     generator = torch.Generator().manual_seed(0)

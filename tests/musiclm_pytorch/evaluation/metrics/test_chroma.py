@@ -42,7 +42,7 @@ def test_share_of_equal_frames_counts_frames_of_all_clips():
 
     def clips(name, rows, references=None):
         items = [AudioItem(Path(f"{name}{n}"), None, {}, 1, 1) for n in range(len(rows))]
-        return ClipSet(name, items, {metric.classes.name: [torch.tensor(row) for row in rows]}, references)
+        return ClipSet(name, items, {metric.extractor.name: [torch.tensor(row) for row in rows]}, references)
 
     real = clips("real", [[1, 1, 1, 1, 1, 1], [2, 2]])
     value = metric.measure(clips("a", [[1, 1, 1, 0, 0, 0], [2, 5]], [0, 1]), real, None)[0]
