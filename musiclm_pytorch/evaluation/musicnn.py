@@ -4,7 +4,7 @@ Pons et al., "End-to-end learning for music audio tagging at scale" (arXiv:1711.
 (arXiv:1909.06654). The weights are under the ISC licence, see the README in `bundled/musicnn`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -118,37 +118,6 @@ class MusicNN(nn.Module):
         windows = torch.stack([frames[:, start : start + _WINDOW_FRAMES] for start in starts], dim=1)
         embeddings, tags = self(windows.flatten(0, 1))
         return embeddings.unflatten(0, windows.shape[:2]), tags.unflatten(0, windows.shape[:2])
-
-    @classmethod
-    @typed
-    def from_published(cls, arrays: Mapping[str, Tensor], tags: Sequence[str]) -> "MusicNN":
-        """Build the network from the arrays of the published TensorFlow checkpoint, with their names and layouts."""
-        network = cls(tags=tags)
-        convolutions = [*network.front, *network.middle]
-        norms = [network.input_norm, *(part.norm for part in convolutions), network.pooled_norm, network.dense_norm]
-        state = {}
-        for number, norm in enumerate(norms):
-            prefix = _numbered("batch_normalization", number)
-            names = ("gamma", "weight"), ("beta", "bias"), ("moving_mean", "running_mean")
-            for theirs, ours in (*names, ("moving_variance", "running_var")):
-                state[norm, ours] = arrays[f"{prefix}/{theirs}"]
-        for number, part in enumerate(convolutions):
-            kernel = rearrange(arrays[f"{_numbered('conv2d', number)}/kernel"], "h w i o -> o i h w")
-            if isinstance(part, _MiddleConv):
-                kernel = rearrange(kernel, "o 1 f c -> o c f")
-            state[part.conv, "weight"] = kernel
-            state[part.conv, "bias"] = arrays[f"{_numbered('conv2d', number)}/bias"]
-        for number, dense in enumerate((network.dense, network.output)):
-            state[dense, "weight"] = arrays[f"{_numbered('dense', number)}/kernel"].T
-            state[dense, "bias"] = arrays[f"{_numbered('dense', number)}/bias"]
-        with torch.no_grad():
-            for (module, name), value in state.items():
-                getattr(module, name).copy_(value)
-        return network.eval().requires_grad_(False)
-
-
-def _numbered(name: str, number: int) -> str:
-    return name if number == 0 else f"{name}_{number}"
 
 
 def bundled_musicnn() -> MusicNN:

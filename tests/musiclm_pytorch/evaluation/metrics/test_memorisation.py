@@ -75,7 +75,7 @@ def metric_and_sets() -> tuple[Memorisation, dict[str, ClipSet]]:
 def test_copies_are_found_and_new_clips_are_not():
     """Exact and approximate matches of copied and of new tokens; the floor is that of real clips."""
     metric, sets = metric_and_sets()
-    assert metric.tokens.seconds_per_token == pytest.approx(0.04)
+    assert metric.extractor.seconds_per_token == pytest.approx(0.04)
     copies = {v.name.split(" / ")[2]: v for v in metric.measure(sets["copies"], sets["real"], sets["training"])}
     assert copies["exact matches of 1 s"].value == 1.0 and copies["approximate matches"].value == 1.0
     assert copies["longest shared run, seconds"].value == pytest.approx(60 * 0.04)
