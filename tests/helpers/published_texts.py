@@ -32,6 +32,7 @@ FAMILIES = {
     "UMT5EncoderModel": T5_SIZES,
     "XLMRobertaModel": SIZES,
 }
+QUICK_FAMILIES = ("BertModel", "DebertaV2Model", "RobertaModel", "T5EncoderModel")
 
 
 def write_roberta_tokenizer(folder: Path) -> int:

@@ -19,7 +19,17 @@ from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.saving.hub import LoadedModel, load_model, load_tokenizer
 from audiolm_pytorch.saving.modules import load_module, save_module
-from tests.helpers.published_texts import CLEAN, FAMILIES, KINDS, ORACLES, TEXTS, randomised, write_text_encoder
+from tests.helpers.published_texts import (
+    CLEAN,
+    FAMILIES,
+    KINDS,
+    ORACLES,
+    QUICK_FAMILIES,
+    TEXTS,
+    randomised,
+    write_text_encoder,
+)
+from tests.helpers.quick import only_quick
 
 
 @pytest.fixture
@@ -59,7 +69,7 @@ def test_states_equal_those_of_transformers(encoder_folders, kind):
     assert (expected[0, 1] - expected[1, 1]).abs().max() > 0.01, "the oracle tells texts apart"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", only_quick(FAMILIES, QUICK_FAMILIES))
 def test_states_of_every_architecture_do_not_depend_on_the_batch(name):
     """A text has equal states alone, in a batch and from transformers directly, for every architecture."""
     torch.manual_seed(0)

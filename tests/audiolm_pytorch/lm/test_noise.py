@@ -15,6 +15,7 @@ from audiolm_pytorch.tokens.streams import Stream
 from tests.audiolm_pytorch.lm.test_trainers import QUICK, TRAINERS, make_shards
 from tests.helpers.fakes import SIZES, tiny_stages
 from tests.helpers.processes import run_two_processes
+from tests.helpers.quick import only_quick
 
 EXTRA = [Stream("words", 5, rate_hz=None, is_input=True), Stream("melody", 7, rate_hz=25, is_input=True)]
 
@@ -52,7 +53,7 @@ def read_and_predicted(task: StageTask, is_training: bool = True):
     return *calls, stage.packed(inputs.tokens, inputs.ends)
 
 
-@pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
+@pytest.mark.parametrize("pattern", only_quick(["flat", "delayed", "parallel"], ["delayed"]))
 @pytest.mark.parametrize("name", TRAINERS)
 def test_noise_replaces_only_tokens_of_its_streams(name, pattern, tmp_path):
     """Noise stays in its level; padding, ends, other streams, targets and validation are clean."""

@@ -177,6 +177,7 @@ def test_hostile_config_is_refused_before_memory_is_needed(folder, tmp_path, cha
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_nested_parts_and_quantizers_without_end_are_refused(tmp_path):
     """900 parts in each other, and 20,000 levels of a codec."""
     codec = small_soundstream()

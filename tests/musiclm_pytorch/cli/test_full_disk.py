@@ -27,6 +27,7 @@ def test_generate(
     assert listing(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_stream(
     musiclm_command: Callable[..., int], micro_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -106,6 +106,7 @@ def test_tokens_before_a_change_are_those_of_music_that_ends_there(musiclm: Musi
     assert not torch.equal(stories[0].semantic, plain.semantic)
 
 
+@pytest.mark.slow
 def test_a_model_that_depends_on_the_text_alone_changes_exactly_at_the_change() -> None:
     """Without token embeddings and noise, a story consists of the music of its texts."""
     musiclm = musiclm_of_texts()

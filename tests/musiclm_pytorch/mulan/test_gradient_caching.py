@@ -46,6 +46,7 @@ def _assert_as_uncached(model: MuLaN, chunk_size: int | None, monkeypatch: pytes
         torch.testing.assert_close(own, expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [1, 3])
 def test_cached_step_is_the_uncached_one(chunk_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss, gradients and random state are those of the same chunks kept alive, with dropout and SpecAugment on."""

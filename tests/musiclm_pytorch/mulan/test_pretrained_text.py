@@ -23,10 +23,12 @@ from tests.helpers.published_texts import (
     FAMILIES,
     KINDS,
     ORACLES,
+    QUICK_FAMILIES,
     TEXTS,
     randomised,
     write_text_encoder,
 )
+from tests.helpers.quick import only_quick
 from tests.helpers.tiny_mulan import tiny_mulan, tones
 
 
@@ -72,7 +74,7 @@ def test_tokens_are_those_of_transformers(encoder_folders, kind, caplog):
     )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", only_quick(FAMILIES, QUICK_FAMILIES))
 def test_every_family_gives_a_text_the_same_embedding_in_any_batch(name):
     """Guards pads, masks and positions of every architecture that is read: alone = in a batch = padded = by hand."""
     torch.manual_seed(0)
@@ -92,7 +94,7 @@ def test_every_family_gives_a_text_the_same_embedding_in_any_batch(name):
     assert torch.equal(encoder(ids), encoder(ids)), "two calls are the same"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", only_quick(FAMILIES, QUICK_FAMILIES))
 def test_fine_tuned_encoders_learn_with_every_weight(name):
     """A weight without a gradient (a pooling layer, a decoder) stops data parallel training: there is none."""
     torch.manual_seed(0)

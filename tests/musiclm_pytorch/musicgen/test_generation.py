@@ -106,6 +106,7 @@ def test_prompts_as_file_tensor_and_array(model: MusicGen, tmp_path: Path) -> No
         model.generate(prompt=wave, seconds=0.1)
 
 
+@pytest.mark.slow
 def test_music_longer_than_a_window(model: MusicGen) -> None:
     """Complaint: 30-s limit. The first window is the shorter music, and later windows continue its end."""
     short = model.generate(texts="drums", seconds=0.8, seeds=1).tokens
@@ -179,6 +180,7 @@ def test_new_model_with_stereo(model: MusicGen) -> None:
     assert torch.equal(music.tokens[:, :10], torch.stack((left, right), dim=-1).flatten(2))
 
 
+@pytest.mark.slow
 def test_long_sequences_in_bfloat16_are_finite(folder: Path) -> None:
     """Complaints: NaN with the null condition in bf16; crash beyond 2,048 rows."""
     model = MusicGen.from_pretrained(folder)

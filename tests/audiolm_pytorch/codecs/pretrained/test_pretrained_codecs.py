@@ -19,6 +19,7 @@ from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from audiolm_pytorch.saving.hub import LoadedModel
 from audiolm_pytorch.saving.modules import save_module
 from tests.helpers.fakes import SIZES, FakeSemanticTokenizer
+from tests.helpers.quick import only_quick
 from tests.helpers.toy_audiolm import wrapped_stages
 
 transformers = pytest.importorskip("transformers")
@@ -40,7 +41,7 @@ CONFIGS = {
     "mimi": lambda: transformers.MimiConfig(**MIMI),
 }
 MODELS = {"encodec": "EncodecModel", "dac": "DacModel", "mimi": "MimiModel"}
-every_codec = pytest.mark.parametrize("name", list(CONFIGS))
+every_codec = pytest.mark.parametrize("name", only_quick(CONFIGS, ["encodec_mono", "mimi"]))
 
 
 def random_model(config):

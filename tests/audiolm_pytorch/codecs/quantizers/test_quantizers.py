@@ -284,6 +284,7 @@ def test_a_revived_code_has_new_averages_and_time_to_be_used():
     assert (state.embed[0, 3] - away[0, 0]).norm() < 0.1 < (revived - away[0, 0]).norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_frames", [20, 2000])
 def test_codes_in_uniform_use_are_kept_at_any_batch_size(batch_frames):
     """An absolute threshold would replace every code when batches are small."""

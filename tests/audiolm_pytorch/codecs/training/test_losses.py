@@ -179,6 +179,7 @@ def test_generator_receives_the_explicit_gradient():
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1000.0, 1e-3])
 def test_scale_of_a_loss_does_not_matter_once_its_norm_settled(scale):
     """A loss that becomes 1000 times larger during the run returns to its old share."""
