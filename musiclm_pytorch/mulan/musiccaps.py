@@ -67,6 +67,20 @@ class MusicCapsItems:
     rejected: list[Rejected]
     missing: list[CaptionedClip]
 
+    @typed
+    def split(self, column: str) -> tuple[list[AudioItem], list[AudioItem]]:
+        """Split the items by a boolean column of the table into (items with False, items with True).
+
+        The boolean columns are `is_audioset_eval` and `is_balanced_subset` (1,000 clips balanced over genres).
+        """
+        sides: tuple[list[AudioItem], list[AudioItem]] = [], []
+        for item in self.items:
+            side = item.labels["musiccaps"].get(column)
+            if not isinstance(side, bool):
+                raise ValueError(f"{item.path.name}: column {column!r} of the table must be True or False, got {side}")
+            sides[side].append(item)
+        return sides
+
 
 @typed
 def musiccaps_items(table: str | Path, clips: str | Path) -> MusicCapsItems:

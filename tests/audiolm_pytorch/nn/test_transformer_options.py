@@ -402,7 +402,7 @@ def test_invalid_options_raise_errors() -> None:
     with pytest.raises(ValueError, match="forget_prob"):
         Transformer(**SIZES, forget_prob=1.0)
     with pytest.raises(ValueError, match="sizes must be positive, got .*ff_mult=0"):
-        Transformer(**SIZES, ff_mult=0)
+        Transformer(**{**SIZES, "ff_mult": 0})
     for positions in ("relative", "sinusoidal"):
         with pytest.raises(ValueError, match="pass positions=None"):
             Transformer(**SIZES, positions=positions)(torch.randn(1, 3, 32), positions=torch.arange(3))

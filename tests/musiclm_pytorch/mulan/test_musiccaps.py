@@ -165,6 +165,18 @@ def test_tables_of_hostile_size_are_not_read(tmp_path):
         read_musiccaps(tmp_path / "gone.csv")
 
 
+def test_items_split_by_a_column(tmp_path, write_tone):
+    """Clips of AudioSet's evaluation part are the second half; a table without values raises an error."""
+    rows = [row(IDS[0]), row(IDS[1], is_audioset_eval=False), row(IDS[2], is_balanced_subset="")]
+    for ytid in IDS[:3]:
+        write_tone(f"clips/{ytid}.wav", seconds=0.1)
+    found = musiccaps_items(write_table(tmp_path / "table.csv", rows), tmp_path / "clips")
+    train, valid = found.split("is_audioset_eval")
+    assert [item.path.stem for item in train] == [IDS[1]] and [item.path.stem for item in valid] == [IDS[0], IDS[2]]
+    with pytest.raises(ValueError, match=f"{IDS[2]}.wav: column 'is_balanced_subset' of the table must be True or"):
+        found.split("is_balanced_subset")
+
+
 @pytest.fixture
 def convert(musiclm_command, tmp_path, write_tone):
     """`musiclm convert musiccaps` on a table of four clips, three of which are there."""
