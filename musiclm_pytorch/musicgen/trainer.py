@@ -32,8 +32,8 @@ class MusicGenTrainer(StageTrainer):
         musicgen: The model; trained in place.
         folder: Folder of audio files, manifest, torch `Dataset` of waves, or a list of them (see `load_items`).
         items: Training and validation items, or one or two torch data sets, instead of `folder`.
-        shards: Token shards (see `StageTrainer`), instead of `folder` and `items`; a model with a melody needs the field `melody` with the
-            chroma vectors `[melody_frames, 12]` of every record.
+        shards: Token shards (see `StageTrainer`), instead of `folder` and `items`; a model with a melody needs the
+            field `melody` with the chroma vectors `[melody_frames, 12]` of every record.
         lora_rank: Rank of the updates of all linear layers, which are trained instead of all weights (LoRA,
             arXiv:2106.09685) and merged after training; None = train all weights, and those parameters of the text
             encoder that require gradients.
