@@ -12,7 +12,7 @@ OTHER_AUDIO_SUFFIXES = tuple(".m4a .m4b .aac .mp4 .mov .webm .mka .mkv .wma .wv 
 WRITE_SUBTYPES = {".wav": "PCM_16", ".flac": "PCM_16", ".ogg": "VORBIS"}
 
 _CONVERT = "convert it first, e.g. with ffmpeg -i NAME.{} NAME.wav"
-# First bytes of files that are not what their suffix says.
+# First bytes of formats that libsndfile does not read.
 _FOREIGN = {
     b"\x1aE\xdf\xa3": f"it is a WebM or Matroska file; {_CONVERT.format('webm')}",
     b"0&\xb2u": f"it is a WMA file; {_CONVERT.format('wma')}",

@@ -77,7 +77,7 @@ class GenerationRequest:
         coarse_only: Whether to skip the fine stage and decode the wave from the coarse levels alone.
         allow_eos: Whether the model may end an item early; None = yes if the model was trained with end tokens, and
             neither `seconds` nor `semantic_tokens` is set.
-        seeds: Seed of every item; an int n stands for n, n + 1, ...; None draws seeds from torch's global generator. A
+        seeds: Seed of every item; an int n = the seeds n, n + 1, ...; None draws seeds from torch's global generator. A
             result depends only on the seed and the inputs of its item.
         sampling: Sampling settings by stage name, or a dict of the fields that differ from the settings of the model.
             Stages without a condition ignore a guidance scale in the settings of the model.

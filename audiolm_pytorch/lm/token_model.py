@@ -61,7 +61,7 @@ class TokenTransformer(SavedModule):
         text_as: How text states enter the model: `cross` (cross-attention in every block) or `prefix` (prepended before
             the codes).
         conditions: Further conditions by name, as `ConditionSpec` or as a dict of its fields. The name `text` replaces
-            the `ConditionSpec` that `text_dim` and `text_as` stand for.
+            `text_dim` and `text_as`.
         **stack: Further arguments of `Transformer`: positions, kv_heads, checkpoint_blocks, forget_prob.
     """
 

@@ -31,7 +31,7 @@ def exact_rate(rate_hz: float | str | Fraction) -> Fraction:
     """Convert frames per second to a fraction; 12.5, "12.5" and "25/2" are the same rate."""
     text = str(rate_hz)
     try:
-        # An exponent can stand for a number of a billion digits.
+        # A short text with an exponent may be a number of a billion digits.
         if len(text) <= 40 and "e" not in text.lower() and "_" not in text:
             return Fraction(text)
     except (ValueError, ZeroDivisionError):
@@ -55,7 +55,7 @@ class Stream:
         eos: Whether the stream has an end-of-sequence id, with which the model can end the stream early.
         num_groups: Number of codes per residual level; in the delayed pattern, all groups of a level have equal delays.
         lookahead_frames: Number of later frames of an input stream that each row also contains, in further columns with
-            ids of their own; not for the flat pattern, in which predicted streams follow all input tokens.
+            further ids; not for the flat pattern, in which predicted streams follow all input tokens.
         guided: Whether training drops the tokens of an input stream together with the conditions, and guidance is also
             along this stream. Input streams without a `rate_hz` are always guided.
         filler: Whether every level of a predicted stream has a filler id, which fills the cells of the level that

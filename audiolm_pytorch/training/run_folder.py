@@ -101,7 +101,7 @@ def _is_partial(name: str) -> bool:
 
 
 def _remove_partial_files(folder: Path) -> None:
-    """Remove partial files below a locked folder, except in folders below it that have a lock of their own."""
+    """Remove partial files below a locked folder, except in folders below it that contain a lock."""
     for place, folders, names in os.walk(folder):
         for name in [name for name in folders if _is_partial(name)]:
             shutil.rmtree(Path(place, name), ignore_errors=True)
