@@ -84,8 +84,11 @@ def test_stereo_start_predicts_as_the_mono_model_for_equal_channels() -> None:
     both = codes.repeat_interleave(2, dim=2)
     losses = []
     for model, ids in ((mono, codes), (stereo, both)):
-        packed = model.transformer.layout.pack({"acoustic": ids})
-        losses.append(model.transformer(packed).per_stream)
+        packed = model.transformer.layout.pack({"acoustic": ids}, {"acoustic": torch.tensor([20, 7])})
+        result = model.transformer(packed)
+        losses.append(result.per_stream)
+        of_levels = [result.per_stream[f"acoustic.{level}"] for level in range(ids.shape[2])]
+        torch.testing.assert_close(result.loss, torch.stack(of_levels).mean())  # each over its own cells, as published
     for level in range(4):
         torch.testing.assert_close(losses[1][f"acoustic.{level}"], losses[0][f"acoustic.{level // 2}"])
     assert stereo(num_samples=1, seconds=0.2, seed=0).shape[1] == 2
