@@ -53,9 +53,16 @@ class ConditionTensor:
         embeddings = value.unsqueeze(1) if value.ndim == 2 else value
         return cls(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device=value.device))
 
-    def without_items(self, drop: Tensor) -> "ConditionTensor":
-        """Return a copy in which the items where `drop [b]` (bool) is True are unconditional."""
+    def without_items(self, drop: Tensor, num_rows: Tensor | None = None) -> "ConditionTensor":
+        """Return a copy in which the items where `drop [b]` (bool) is True are unconditional.
+
+        `num_rows [b]` are the lengths of the `rows` of these items; None = their number of embeddings.
+        """
         rows = self.mask if self.rows is None else self.rows
+        if num_rows is not None:
+            places = torch.arange(rows.shape[1], device=rows.device)
+            drawn = places < num_rows.to(rows.device).unsqueeze(1)
+            rows = torch.where(drop.to(rows.device).unsqueeze(1), drawn, rows)
         return ConditionTensor(self.embeddings, self.mask & ~drop.to(self.mask.device).unsqueeze(1), rows)
 
     def without_trailing(self, keep: Tensor) -> "ConditionTensor":

@@ -32,8 +32,8 @@ class ConditionSpec:
             first class as a one-hot vector.
         null_tokens: Number of null embeddings that replace a missing condition; a null embedding also replaces each
             masked embedding. With `null_tokens=None`, one null embedding replaces a missing condition, and masked
-            embeddings are ignored. With `all`, masked embeddings are ignored, and the condition of an item that
-            guidance or training drops becomes as many null embeddings.
+            embeddings are ignored. With `all`, masked embeddings are ignored. A condition that guidance drops becomes
+            as many null embeddings, and a condition that training drops becomes a random number of them.
         drop_prob: Probability that training drops only this condition; `cond_drop_prob` of the model drops all
             conditions.
         projection: `normed` is a linear layer without bias and a norm; `linear` is a linear layer with bias, as in

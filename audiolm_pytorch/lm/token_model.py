@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio.units import check_durations
 from audiolm_pytorch.checks.types import typed, unknown_argument
-from audiolm_pytorch.conditioning.base import Conditions
+from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor
 from audiolm_pytorch.conditioning.fuser import ConditionFuser, ConditionSpec
 from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.transformer import INIT_STD, FusedConditions, Transformer
@@ -163,13 +163,24 @@ class TokenTransformer(SavedModule):
         if self.training and self.cond_drop_prob > 0 and (conditions or self.layout.has_conditions):
             dropped = torch.rand(batch) < self.cond_drop_prob
             packed = self.layout.without_conditions(packed, dropped)
-            conditions = {name: part.expand(batch).without_items(dropped) for name, part in conditions.items()}
+            conditions = {name: self._without(name, part.expand(batch), dropped) for name, part in conditions.items()}
         for name, spec in self.fuser.specs.items():
             if self.training and spec.drop_prob > 0 and name in conditions:
                 dropped = torch.rand(batch) < spec.drop_prob
-                conditions[name] = conditions[name].expand(batch).without_items(dropped)
+                conditions[name] = self._without(name, conditions[name].expand(batch), dropped)
         hidden = self.hidden(packed.ids[:, :-1], packed.input_mask[:, :-1], self.fuse(conditions, batch))
         return self._loss(hidden, targets[:, 1:], packed.loss_mask[:, 1:])
+
+    def _without(self, name: str, condition: ConditionTensor, drop: Tensor) -> ConditionTensor:
+        """Drop a condition of items in training.
+
+        The number of null embeddings is random, so that the model does not recognise the condition by its length. Half
+        of the items have one null embedding, like an item that never had the condition.
+        """
+        if self.fuser.specs[name].null_tokens != "all":
+            return condition.without_items(drop)
+        num_rows = torch.randint(1, 1 + condition.mask.shape[1], (len(drop),))
+        return condition.without_items(drop, num_rows.where(torch.rand(len(drop)) < 0.5, 1))
 
     def _loss(self, hidden: Tensor, targets: Tensor, loss_mask: Tensor) -> TokenLoss:
         """Compute the loss of predicting the ids `targets [b, rows, columns]` from final states `[b, rows, d]`.

@@ -9,46 +9,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audio.units import check_durations
-from audiolm_pytorch.audio.waves import check_rate, check_samples, with_channels
+from audiolm_pytorch.audio.waves import check_rate
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.generation.prompts import read_prompt
 from audiolm_pytorch.generation.request import Prompt
 from audiolm_pytorch.generation.sampling import SamplingSettings, item_seeds
 from musiclm_pytorch.musicgen.chroma import ChromaConditioner
+from musiclm_pytorch.musicgen.melody import (
+    Melody,
+    MelodyInput,
+    Stems,
+    are_notes,
+    is_chroma,
+    melody_of,
+    melody_of_stems,
+)
 
-__all__ = ["AudioInput", "Melody", "MusicRequest", "TextInput"]
+__all__ = ["AudioInput", "MusicRequest", "TextInput"]
 
 # One text, or a text per item; a list in place of a text has one text per window.
 TextInput = str | Sequence[str | Sequence[str | None] | None]
 # Waves `[n]`, `[b, n]` or `[b, c, n]`, a file, or one wave `[n]` or `[c, n]`, file or None per item.
 AudioInput = Prompt | np.ndarray | Sequence[Prompt | np.ndarray | None]
-
-
-@dataclass(frozen=True, eq=False)
-class Melody:
-    """Melody of one item: a mono wave `[n]` at the rate of the `ChromaConditioner`, or chroma vectors `[f, 12]`."""
-
-    wave: Tensor | None = None
-    frames: Tensor | None = None
-
-    def window(self, chroma: ChromaConditioner, start_seconds: float | None) -> Tensor:
-        """Return the condition `[num_frames, 12]` of a window.
-
-        The melody is moved to the start of the window, and repeated to the end of the window. With
-        `start_seconds=None`, the music has only one window, and the frames of a short melody are repeated instead.
-        """
-        if self.frames is not None:
-            hop_seconds = chroma.hop_samples / chroma.sample_hz
-            first = 0 if start_seconds is None else round(start_seconds / hop_seconds)
-            return chroma.expand(self.frames.roll(-first, dims=0).unsqueeze(0))[0]
-        wave = torch.zeros(1) if self.wave is None else self.wave
-        longest = (chroma.num_frames - 1) * chroma.hop_samples + chroma.hop_samples // 2
-        if start_seconds is None:
-            return chroma(wave[:longest])[0]
-        places = round(start_seconds * chroma.sample_hz) + torch.arange(longest)
-        return chroma(wave[places % len(wave)])[0]
 
 
 @typed
@@ -61,7 +44,8 @@ class MusicRequest:
     seconds: float | None = None
     prompt: AudioInput | None = None
     prompt_sample_hz: int | None = None
-    melody: AudioInput | None = None
+    melody: MelodyInput | None = None
+    stems: Stems | None = None
     melody_sample_hz: int | None = None
     seeds: int | Sequence[int] | None = None
     temperature: float = 1.0
@@ -107,26 +91,19 @@ class MusicRequest:
 
     def melodies(self, sample_hz: int, chroma: ChromaConditioner | None) -> list[Melody | None]:
         """Return the melody of every item; `sample_hz` is the rate of waves without a rate."""
-        items = _items(self.melody, may_be_chroma=True)
+        hz, are_stems = self.melody_sample_hz or sample_hz, self.stems is not None
+        if are_stems and self.melody is not None:
+            raise ValueError("got melody and stems; pass only one of them")
+        stems = [self.stems] if isinstance(self.stems, Mapping) else list(self.stems or [])
+        items: list[Any] = stems if are_stems else _items(self.melody, may_be_melody=True)
         if chroma is None:
             if items:
                 raise ValueError("the model has no melody condition; omit melody, or use a model with a melody")
             return []
-        melodies: list[Melody | None] = []
-        for number, item in enumerate(items):
-            name = f"melody {number}"
-            if isinstance(item, Tensor) and not item.numel():
-                raise ValueError(f"{name} is empty; pass a longer melody, or None for no melody")
-            if isinstance(item, Tensor) and _is_chroma(item):
-                check_samples(item, name)
-                melodies.append(Melody(frames=item.float()))
-            elif item is None:
-                melodies.append(None)
-            else:
-                wave, hz = read_prompt(item, self.melody_sample_hz or sample_hz, name)
-                mono = with_channels(wave, 1, name)
-                melodies.append(Melody(wave=resample(mono, hz, chroma.sample_hz)[0]))
-        return melodies
+        read, kind = (melody_of_stems, "stems") if are_stems else (melody_of, "melody")
+        return [
+            None if item is None else read(item, hz, chroma, f"{kind} {number}") for number, item in enumerate(items)
+        ]
 
     def num_items(self, **inputs: int) -> int:
         """Return the number of items b. Raises ValueError if the numbers of items of `inputs` by name differ."""
@@ -146,19 +123,16 @@ class MusicRequest:
         return seeds * batch if len(seeds) == 1 else seeds
 
 
-def _is_chroma(item: Tensor) -> bool:
-    return item.ndim == 2 and item.shape[1] == ChromaConditioner.num_classes
-
-
-def _items(value: Any, may_be_chroma: bool = False) -> list[Prompt | None]:
-    """Split an `AudioInput` into the waves or files of its items; arrays become tensors."""
+def _items(value: Any, may_be_melody: bool = False) -> list[Any]:
+    """Split an `AudioInput` or `MelodyInput` into its items; arrays become tensors."""
     if value is None:
         return []
     if isinstance(value, (str, Path)):
         return [value]
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
+    if may_be_melody and (is_chroma(value) or (len(value) and are_notes(value))):
+        return [value]
     if isinstance(value, Tensor):
-        is_one = value.ndim == 1 or (may_be_chroma and _is_chroma(value))
-        return [value] if is_one else list(value)
+        return [value] if value.ndim == 1 else list(value)
     return [torch.from_numpy(item) if isinstance(item, np.ndarray) else item for item in value]

@@ -24,7 +24,8 @@ from audiolm_pytorch.saving.sharing import SharedModel, card_text, write_card
 from audiolm_pytorch.tokens.token_batch import TokenBatch
 from musiclm_pytorch.musicgen.audiocraft_format import write_audiocraft
 from musiclm_pytorch.musicgen.chroma import ChromaConditioner
-from musiclm_pytorch.musicgen.inputs import AudioInput, Melody, MusicRequest, TextInput
+from musiclm_pytorch.musicgen.inputs import AudioInput, MusicRequest, TextInput
+from musiclm_pytorch.musicgen.melody import Melody, MelodyInput, Stems
 from musiclm_pytorch.musicgen.parts import MusicGenParts
 from musiclm_pytorch.musicgen.published import CARD, load_musicgen_parts, read_own_parts, write_own_parts
 from musiclm_pytorch.musicgen.transformer import MusicGenTransformer
@@ -69,6 +70,7 @@ class MusicGen(SharedModel):
             None = the default of the class, 30 s for MusicGen.
         cond_drop_prob: Probability that training drops all conditions of an item; for a new language model.
         melody_drop_prob: Probability that training drops only the melody of an item; for a new language model.
+        text_drop_prob: Probability that training drops only the text of an item; for a new model with a melody.
     """
 
     main_file = CARD
@@ -93,6 +95,7 @@ class MusicGen(SharedModel):
         max_seconds: float | None = None,
         cond_drop_prob: float = 0.3,
         melody_drop_prob: float = 0.5,
+        text_drop_prob: float = 0.1,
     ) -> None:
         super().__init__()
         if transformer is None:
@@ -115,6 +118,7 @@ class MusicGen(SharedModel):
                 max_seconds=seconds,
                 cond_drop_prob=cond_drop_prob,
                 melody_drop_prob=melody_drop_prob,
+                text_drop_prob=text_drop_prob,
             )
         if (transformer.text_dim is None) != (text_conditioner is None):
             raise ValueError(
@@ -233,7 +237,8 @@ class MusicGen(SharedModel):
         seconds: float | None = None,
         prompt: AudioInput | None = None,
         prompt_sample_hz: int | None = None,
-        melody: AudioInput | None = None,
+        melody: MelodyInput | None = None,
+        stems: Stems | None = None,
         melody_sample_hz: int | None = None,
         seeds: int | Sequence[int] | None = None,
         temperature: float = 1.0,
@@ -254,11 +259,15 @@ class MusicGen(SharedModel):
             seconds: Length of the music, prompt included, rounded up to whole frames; None = the length of the prompt
                 plus 15 s (AudioGen: 5 s).
             prompt: Audio to continue: a file or a wave `[n]` for all items, waves `[b, n]` or `[b, c, n]`, or a list of
-                files, waves `[n]` or `[c, n]`, and None. Only complete frames of a prompt are used.
+                files, waves `[n]` or `[c, n]`, and None. Only complete frames of a prompt are used. Codes of its last
+                frames encode its end, if the codec has a look-ahead, as in the published implementations.
             prompt_sample_hz: Sample rate in Hz of prompts that are waves; None = the rate of the codec.
-            melody: Music whose melody the result follows, in the forms of `prompt`; or chroma vectors `[f, 12]` of each
-                item in place of a wave. An item without a melody is None.
-            melody_sample_hz: Sample rate in Hz of melodies that are waves; None = the rate of the codec.
+            melody: Music whose melody the result follows, in the forms of `prompt`. In place of a wave, an item may be
+                chroma vectors `[f, 12]`, or a list of notes `(midi_pitch, start_seconds, end_seconds)`. An item without
+                a melody is None.
+            stems: Music as separated by any program, instead of `melody`: waves `[n]` or `[c, n]` or files by name, for
+                one item, or per item. The melody is that of all stems except `drums` and `bass`.
+            melody_sample_hz: Sample rate in Hz of melodies and stems that are waves; None = the rate of the codec.
             seeds: Seed of every item; an int n means n, n + 1, ...; None draws seeds from torch's generator.
             temperature: Divisor of the logits; 0 = the most likely token.
             top_k: Number of most likely tokens to sample from; None = all tokens.
@@ -305,7 +314,8 @@ class MusicGen(SharedModel):
         seconds: float | None = None,
         prompt: AudioInput | None = None,
         prompt_sample_hz: int | None = None,
-        melody: AudioInput | None = None,
+        melody: MelodyInput | None = None,
+        stems: Stems | None = None,
         melody_sample_hz: int | None = None,
         seeds: int | Sequence[int] | None = None,
         temperature: float = 1.0,

@@ -33,6 +33,8 @@ class MusicGenTransformer(StageTransformer):
         text_dim: Width of the states of the text encoder; None = no texts.
         melody_frames: Number of frames of the melody, see `ChromaConditioner`; None = no melody.
         melody_drop_prob: Probability that training drops only the melody of an item.
+        text_drop_prob: Probability that training of a model with a melody drops only the text of an item, so that a
+            melody without a text is also a condition.
         cond_drop_prob: Probability that training drops all conditions of an item.
         max_seconds: Longest duration that the model was trained on; longer audio is generated in windows.
         conditions: Further conditions by name, see `TokenTransformer`.
@@ -59,6 +61,7 @@ class MusicGenTransformer(StageTransformer):
         text_dim: int | None = 768,
         melody_frames: int | None = None,
         melody_drop_prob: float = 0.5,
+        text_drop_prob: float = 0.1,
         cond_drop_prob: float = 0.3,
         max_seconds: float | None = 30,
         conditions: Mapping[str, ConditionSpec | Mapping[str, Any]] | None = None,
@@ -67,12 +70,19 @@ class MusicGenTransformer(StageTransformer):
     ) -> None:
         check_positive(codebook_size=codebook_size, num_codebooks=num_codebooks, text_dim=text_dim)
         check_positive(melody_frames=melody_frames)
-        check_shares(melody_drop_prob=melody_drop_prob)
+        check_shares(melody_drop_prob=melody_drop_prob, text_drop_prob=text_drop_prob)
         further = dict(conditions or {})
         if text_dim is not None:
             way: Literal["cross", "prepend"] = "cross" if melody_frames is None else "prepend"
             null_tokens: Literal["all"] | None = None if melody_frames is None else "all"
-            text = ConditionSpec(text_dim, way, null="zero", null_tokens=null_tokens, projection="linear")
+            text = ConditionSpec(
+                text_dim,
+                way,
+                null="zero",
+                null_tokens=null_tokens,
+                drop_prob=0.0 if melody_frames is None else text_drop_prob,
+                projection="linear",
+            )
             further = {"text": text, **further}
         if melody_frames is not None:  # the last prefix condition is the first in the sequence
             further["melody"] = ConditionSpec(
@@ -111,7 +121,8 @@ class MusicGenTransformer(StageTransformer):
         self.melody_frames = melody_frames
         self._config: dict[str, Any] = {
             **{**sizes, **codes, "rate_hz": str(rate_hz), "dropout": dropout, "text_dim": text_dim},
-            **{"melody_frames": melody_frames, "melody_drop_prob": melody_drop_prob, "cond_drop_prob": cond_drop_prob},
+            **{"melody_frames": melody_frames, "melody_drop_prob": melody_drop_prob, "text_drop_prob": text_drop_prob},
+            "cond_drop_prob": cond_drop_prob,
             "checkpoint_blocks": checkpoint_blocks,
             "conditions": {name: spec.to_dict() for name, spec in self.fuser.specs.items() if name not in _OWN},
         }

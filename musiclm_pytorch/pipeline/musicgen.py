@@ -78,6 +78,7 @@ def build_musicgen(
             max_seconds=preset.run.seconds,
             cond_drop_prob=preset.cond_drop_prob,
             melody_drop_prob=preset.melody_drop_prob,
+            text_drop_prob=preset.text_drop_prob,
         )
 
 

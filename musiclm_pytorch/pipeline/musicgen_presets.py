@@ -20,6 +20,7 @@ class MusicGenPreset(TransformerConfig):
         melody: Whether a new model is conditioned on melodies.
         cond_drop_prob: Probability that training drops all conditions of an item.
         melody_drop_prob: Probability that training drops only the melody of an item.
+        text_drop_prob: Probability that training of a model with a melody drops only the text of an item.
         word_dropout: Probability that a word of a caption is left out.
         merge_prob: Probability that tags of the manifest are merged into a caption.
         mix_prob: Probability that a clip is mixed with another one, as in AudioGen.
@@ -34,6 +35,7 @@ class MusicGenPreset(TransformerConfig):
     melody: bool = False
     cond_drop_prob: float = 0.3
     melody_drop_prob: float = 0.5
+    text_drop_prob: float = 0.1
     word_dropout: float = 0.3
     merge_prob: float = 0.25
     mix_prob: float = 0.0

@@ -3,24 +3,28 @@
     python tests/benchmarks/musicgen.py                    # the shape of musicgen-small (dim 1024, 24 blocks, 16 heads)
     python tests/benchmarks/musicgen.py --dim 512 --depth 8 --heads 8 --frames 100
 
-Both sample with guidance from a text of `--text-tokens` tokens; text encoder and codec of transformers are tiny. The
-tokens per second are those of all levels and items, after a first call; the fastest of `--repeats` calls counts. Peak
-memory is that of the process after the calls of this library, and then after those of transformers.
+Both sample with guidance from a text; text encoder and codec of transformers are tiny. After a first call of each,
+calls of both alternate. The figures are medians of CPU times, which other processes change less than wall times. Tokens
+per second are those of all levels and items. `after prompt` is one new frame after a prompt of `--prompt-frames`
+frames. The memory is the peak of the first call above the memory before it: cache, copies of weights and temporary
+tensors.
 """
 
 import argparse
-import resource
 import time
 from collections.abc import Callable
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import transformers
+from einops import rearrange
+from torch import Tensor
 
 from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.generation.decode_session import DecodeSession
 from audiolm_pytorch.generation.sampling import SamplingSettings
-from audiolm_pytorch.nn.cached_transformer import CachedTransformer
 from audiolm_pytorch.saving.weights import load_weights
 from musiclm_pytorch.musicgen.transformer import MusicGenTransformer
 from musiclm_pytorch.musicgen.weights import TRANSFORMERS, lm_weights_of
@@ -30,66 +34,68 @@ TEXT_DIM = 768
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {
-        "dim": 1024,
-        "depth": 24,
-        "heads": 16,
-        "frames": 100,
-        "text-tokens": 12,
-        "repeats": 2,
-    }.items():
+    defaults = {"dim": 1024, "depth": 24, "heads": 16, "frames": 100, "prompt-frames": 50, "repeats": 3}
+    for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--text-tokens", type=int, nargs="+", default=[12])
     return parser.parse_args()
 
 
-def fastest(call: Callable[[], object], repeats: int) -> float:
+def cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
     call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return time.process_time() - start
 
 
-def peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def memory_gb(field: str) -> float:
+    """Memory of this process, the field `VmRSS` (now) or `VmHWM` (peak)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 2**20
 
 
-def run_of_ours(model: MusicGenTransformer, options: argparse.Namespace, batch: int) -> Callable[[], object]:
-    """Function that generates with this library."""
-    conditioning = {"text": ConditionTensor.of(torch.randn(batch, options.text_tokens, TEXT_DIM))}
-    sampling = SamplingSettings(top_k=250, guidance_scale=3.0)
-    transformers_of_calls: list[CachedTransformer | None] = [None]
+def added_gb(call: Callable[[], object]) -> float:
+    """Peak memory of a call above the memory before it."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = memory_gb("VmRSS")
+    call()
+    return memory_gb("VmHWM") - before
+
+
+def run_of_ours(
+    model: MusicGenTransformer, prompt: Tensor, frames: int, text_tokens: int, sessions: list[DecodeSession]
+) -> Callable[[], object]:
+    """Function that generates with this library; the last session of `sessions` has the prepared weights."""
+    batch = len(prompt)
+    conditioning = {"text": ConditionTensor.of(torch.randn(batch, text_tokens, TEXT_DIM))}
 
     def run() -> None:
         session = DecodeSession(
             model,
-            {},
-            {"acoustic": options.frames},
-            batch_size=batch,
+            {"acoustic": prompt},
+            {"acoustic": frames},
             conditioning=conditioning,
-            settings=sampling,
+            settings=SamplingSettings(top_k=250, guidance_scale=3.0),
             seeds=list(range(batch)),
-            transformer=transformers_of_calls[0],
+            transformer=sessions[-1].transformer if sessions else None,
         )
         session.advance()
-        transformers_of_calls[0] = session.transformer
+        sessions[:] = [session]
 
     return run
 
 
-def run_of_theirs(model: Any, options: argparse.Namespace, batch: int) -> Callable[[], object]:
+def run_of_theirs(model: Any, prompt: Tensor, frames: int, text_tokens: int) -> Callable[[], object]:
     """Function that generates with transformers."""
-    ids = torch.randint(32, (batch, options.text_tokens))
+    ids = torch.randint(32, (len(prompt), text_tokens))
     return lambda: model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
+        decoder_input_ids=rearrange(prompt, "b f q -> (b q) f") if prompt.shape[1] else None,
         do_sample=True,
         top_k=250,
         guidance_scale=3.0,
-        max_new_tokens=options.frames + 3,
+        max_new_tokens=frames - prompt.shape[1] + 3,
     )
 
 
@@ -119,6 +125,29 @@ def published_model(options: argparse.Namespace) -> Any:
     return model
 
 
+def compare(ours: MusicGenTransformer, theirs: Any, options: argparse.Namespace, batch: int, text_tokens: int) -> None:
+    """Print the figures of a batch size and a length of texts."""
+    sessions: list[DecodeSession] = []
+    for frames in (0, options.prompt_frames):
+        prompt = torch.randint(2048, (batch, frames, 4))
+        total = frames + (1 if frames else options.frames)
+        calls = {
+            "ours": run_of_ours(ours, prompt, total, text_tokens, sessions),
+            "transformers": run_of_theirs(theirs, prompt, total, text_tokens),
+        }
+        memory = {name: added_gb(call) for name, call in calls.items()}
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(options.repeats):
+            for name, call in calls.items():
+                times[name].append(cpu_seconds(call))
+        seconds = {name: median(values) for name, values in times.items()}
+        kind = f"batch {batch}, {text_tokens} text tokens" + (", after prompt" if frames else "")
+        for name, duration in seconds.items():
+            speed = f"{duration:.2f} s" if frames else f"{4 * total * batch / duration:.1f} tokens/s"
+            print(f"{kind}: {name:13} {speed:>16}, memory {memory[name]:.2f} GB")
+        print(f"{kind}: {seconds['transformers'] / seconds['ours']:.2f} times as fast", flush=True)
+
+
 @torch.inference_mode()
 def main() -> None:
     options = parse()
@@ -130,21 +159,14 @@ def main() -> None:
     parts = ("decoder.", "enc_to_dec_proj.")
     weights = {name: tensor for name, tensor in theirs.state_dict().items() if name.startswith(parts)}
     load_weights(ours.eval(), lm_weights_of(ours, weights, TRANSFORMERS, "the weights"))
-    seconds: dict[tuple[str, int], float] = {}
-    memory = {}
+    parameters = sum(weight.numel() for weight in ours.parameters())
+    print(
+        f"{parameters / 1e6:.1f} M parameters ({parameters * 4 / 2**30:.2f} GB in float32), "
+        f"{torch.get_num_threads()} threads, {options.frames} frames, guidance 3"
+    )
     for batch in options.batches:
-        seconds["ours", batch] = fastest(run_of_ours(ours, options, batch), options.repeats)
-    memory["ours"] = peak_gb()
-    for batch in options.batches:
-        seconds["transformers", batch] = fastest(run_of_theirs(theirs, options, batch), options.repeats)
-    memory["transformers"] = peak_gb()
-    parameters = sum(weight.numel() for weight in ours.parameters()) / 1e6
-    print(f"{parameters:.1f} M parameters, {torch.get_num_threads()} threads, {options.frames} frames, guidance 3")
-    for (name, batch), duration in seconds.items():
-        rate = 4 * options.frames * batch / duration
-        print(f"{name:13} batch {batch}: {rate:8.1f} tokens/s, peak memory {memory[name]:.2f} GB")
-    for batch in options.batches:
-        print(f"batch {batch}: {seconds['transformers', batch] / seconds['ours', batch]:.2f} times as fast")
+        for text_tokens in options.text_tokens:
+            compare(ours, theirs, options, batch, text_tokens)
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ BASE: dict[str, Callable[[], dict[str, Any]]] = {
     "MusicGenTransformer": lambda: {
         **{**MODEL, "dropout": 0.1, "codebook_size": 16, "num_codebooks": 2, "num_groups": 1},
         **{"rate_hz": 50, "text_dim": 8, "melody_frames": 4, "melody_drop_prob": 0.5, "cond_drop_prob": 0.3},
-        **{"max_seconds": 1.0},
+        **{"text_drop_prob": 0.1, "max_seconds": 1.0},
     },
     "TokenTransformer": lambda: {
         **{**MODEL, "layout": _semantic_stage().layout, "dropout": 0.1, "cond_dim": 8},

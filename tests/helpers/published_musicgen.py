@@ -53,16 +53,27 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def write_musicgen(
-    folder: Path, *, melody: bool = False, channels: int = 1, audiogen: bool = False, seed: int = 0, **save: Any
+    folder: Path,
+    *,
+    melody: bool = False,
+    channels: int = 1,
+    audiogen: bool = False,
+    causal: bool = False,
+    seed: int = 0,
+    **save: Any,
 ) -> Path:
-    """Write a model with 3 heads, which is not the default; `audiogen` has 16 kHz and a wider T5."""
+    """Write a model with 3 heads, which is not the default; `audiogen` has 16 kHz and a wider T5.
+
+    The EnCodec has no look-ahead if it is `causal`.
+    """
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     num_tokens = write_t5_tokenizer(folder)
     t5 = transformers.T5Config(
         vocab_size=num_tokens, d_model=48 if audiogen else 16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
     )
-    encodec = ENCODEC | ({"sampling_rate": 16000, "upsampling_ratios": [8, 5, 4, 2]} if audiogen else {})
+    encodec = ENCODEC | {"use_causal_conv": causal}
+    encodec |= {"sampling_rate": 16000, "upsampling_ratios": [8, 5, 4, 2]} if audiogen else {}
     name = "MusicgenMelody" if melody else "Musicgen"
     decoder = getattr(transformers, f"{name}DecoderConfig")(
         vocab_size=VOCAB,

@@ -1,12 +1,16 @@
 """Chroma conditions of melodies."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from audiolm_pytorch.audio.files import write_audio
 from musiclm_pytorch.musicgen.chroma import ChromaConditioner
-from musiclm_pytorch.musicgen.inputs import Melody, MusicRequest
+from musiclm_pytorch.musicgen.inputs import MusicRequest
+from musiclm_pytorch.musicgen.melody import Melody
 from musiclm_pytorch.musicgen.musicgen import MusicGen
 
 HZ = 32_000
@@ -69,6 +73,58 @@ def test_melody_of_a_window_is_shifted_and_repeated() -> None:
     assert notes.window(chroma, 3 * 4096 / HZ).argmax(-1).tolist() == [*range(3, 12), 0, 1, 2, 3, 4, 5, 6]
 
 
+def melodies(**inputs: Any) -> list[Melody | None]:
+    """Melodies of a request for a model of 16 chroma frames."""
+    return MusicRequest(**inputs).melodies(HZ, ChromaConditioner(16))
+
+
+def test_notes_have_the_pitch_classes_of_the_same_sines() -> None:
+    """Notes of any octave, with pauses; a list of notes is one item, and a list of such lists has several items."""
+    chroma = ChromaConditioner(16)
+    notes = [(57, 0.0, 1.0), (84, 1.0, 2.0)]  # A, then C
+    expected = Melody(wave=torch.cat((tone(440, 1), tone(261.6256, 1)))).window(chroma, None)
+    one, several = melodies(melody=notes), melodies(melody=[notes, None, [(64, 0.5, 2)]])
+    assert [len(one), len(several), several[1]] == [1, 3, None]
+    assert torch.equal(one[0].window(chroma, None), expected)
+    assert torch.equal(several[0].window(chroma, 0.7), one[0].window(chroma, 0.7))
+    assert several[2].window(chroma, None).argmax(-1).unique().tolist() == [0, 4]
+
+
+def test_chroma_arrays_are_melodies() -> None:
+    """A numpy array or tensor `[f, 12]`, of one item or in a list."""
+    vectors = np.eye(12, dtype=np.float32)[[9, 0, 4]]
+    for value in (vectors, torch.from_numpy(vectors), [vectors], [torch.from_numpy(vectors)]):
+        assert melodies(melody=value)[0].window(ChromaConditioner(16), None).argmax(-1)[:4].tolist() == [9, 0, 4, 9]
+
+
+def test_stems_of_any_separator(tmp_path: Path) -> None:
+    """Complaint: needs demucs. All stems except drums and bass are the melody; stereo and mono, waves and files."""
+    chroma = ChromaConditioner(16)
+    loud = {"drums": 3 * torch.randn(2, 2 * HZ), "bass": 2 * tone(370, 2)}
+    write_audio(tmp_path / "vocals.wav", torch.stack((tone(440, 2), tone(440, 2))), HZ)
+    stems = {
+        **loud,
+        "vocals": tmp_path / "vocals.wav",
+        "other": 0.01 * np.random.default_rng(0).normal(size=(2, 2 * HZ)),
+    }
+    for item in (melodies(stems=stems)[0], melodies(stems=[None, stems])[1]):
+        assert item.window(chroma, None).argmax(-1).unique().tolist() == [9]
+    with pytest.raises(ValueError, match="stems 0 need a stem other than drums and bass"):
+        melodies(stems=loud)
+    with pytest.raises(ValueError, match="stems 0 must have equal lengths"):
+        melodies(stems={**stems, "guitar": tone(440, 1)})
+    with pytest.raises(ValueError, match="pass only one of them"):
+        melodies(stems=stems, melody=tone(440, 1))
+
+
+def test_stereo_file_has_the_melody_of_its_mono_mix(tmp_path: Path) -> None:
+    """Files of two channels and of another rate are mixed and resampled."""
+    wave = torch.stack((tone(440, 2), 0.3 * tone(523.25, 2)))
+    write_audio(tmp_path / "bach.wav", wave.repeat_interleave(2, dim=1), 2 * HZ)
+    expected = Melody(wave=wave.mean(dim=0)).window(ChromaConditioner(16), None)
+    assert torch.equal(melodies(melody=tmp_path / "bach.wav")[0].window(ChromaConditioner(16), None), expected)
+
+
 @pytest.mark.slow
 def test_prompt_melody_and_text_together(tmp_path: Path) -> None:
     """Complaint: prompt with melody impossible. Each of them changes the result; items do not depend on the batch."""
@@ -103,6 +159,10 @@ def test_prompt_melody_and_text_together(tmp_path: Path) -> None:
         ([None, torch.full((9000,), torch.nan)], "melody 1 contains NaN"),
         (torch.ones(5, 12, dtype=torch.int64), "melody 0 must be a float tensor"),
         ([None, torch.zeros(1, 1, 9)], r"melody 1 must be \[n\] or \[c, n\]"),
+        ([(60, 1.0, 0.5)], r"a note of melody 0 must be .* got \(60, 1.0, 0.5\)"),
+        ([None, [(200, 0.0, 1.0)]], "a note of melody 1 must be"),
+        ([[(60, 0.0)]], "a note of melody 0 must be"),
+        ([None, []], "melody 1 has no notes"),
     ],
 )
 def test_wrong_melodies_are_named(wrong, message: str) -> None:

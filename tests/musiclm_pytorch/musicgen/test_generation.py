@@ -168,7 +168,7 @@ def test_wrong_inputs_raise_errors(model: MusicGen) -> None:
 
 
 def test_new_model_with_stereo(model: MusicGen) -> None:
-    """Codes of both channels have equal delays; prompts and results are stereo."""
+    """Complaint: stereo errors. Codes of both channels have equal delays; prompts and results are stereo."""
     stereo = MusicGen(
         codec=ChannelwiseCodec(model.codec), text_conditioner=model.text_conditioner, dim=16, depth=1, heads=2
     )
@@ -192,13 +192,16 @@ def test_long_sequences_in_bfloat16_are_finite(folder: Path) -> None:
     assert model.generate(texts=["drums", None], seconds=0.2, seeds=0).tokens.shape == (2, 10, 4)
 
 
-@pytest.mark.parametrize("channels", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_stream_equals_generate(tmp_path: Path, channels: int) -> None:
+@pytest.mark.parametrize("kind", [*(pytest.param(one, marks=pytest.mark.slow) for one in ("mono", "stereo")), "melody"])
+def test_stream_equals_generate(tmp_path: Path, kind: str) -> None:
     """Three windows with a prompt: equal tokens, and waves without noise at the ends of chunks or of the music."""
-    model = MusicGen.from_pretrained(write_musicgen(tmp_path, channels=channels))
+    channels = 2 if kind == "stereo" else 1
+    model = MusicGen.from_pretrained(write_musicgen(tmp_path, channels=channels, melody=kind == "melody"))
     model.transformer.max_seconds = 0.8
     prompt = [0.2 * torch.randn(channels, 4000), None]
     options: dict[str, Any] = {"texts": ["drums", "a harp"], "prompt": prompt, "seconds": 1.7, "seeds": 4}
+    if kind == "melody":
+        options["melody"] = [[(57, 0.0, 0.4), (62, 0.4, 1.0)], None]
     whole = model.generate(**options)
     for chunk_seconds in (0.1, 1.0):
         chunks = list(model.stream(**options, chunk_seconds=chunk_seconds))
