@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +28,7 @@ from musiclm_pytorch.cli.checks import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from musiclm_pytorch.generation.watermark import AudioSealWatermark
     from musiclm_pytorch.musicgen.musicgen import GeneratedMusic, MusicGen
     from musiclm_pytorch.musiclm import MusicChunk, MusicLM
 
@@ -83,6 +85,9 @@ class Generate(ModelOptions):
     """With --stream: length of the first part that is ranked; default: 3. --num-samples 1 starts without ranking."""
     raw: bool = False
     """With --stream: write no WAV header, only little-endian samples. A file that ends in .raw never has a header."""
+    watermark: str | None = None
+    """Mark the music inaudibly with the AudioSeal weights in this folder or hub id, for example facebook/audioseal
+    (needs the [watermark] extra)."""
     plot: Path | None = None
     """Plot the wave and its mel spectrogram into this picture file (needs the [plot] extra)."""
 
@@ -93,6 +98,7 @@ class Generate(ModelOptions):
         from musiclm_pytorch.musicgen.published import is_musicgen
 
         source, device = self.source_of(self.model), device_named(self.device)
+        _ = self._watermark  # a mistake ends the command before the model is loaded
         if is_musicgen(**source):
             from musiclm_pytorch.musicgen.musicgen import MusicGen
 
@@ -136,10 +142,9 @@ class Generate(ModelOptions):
 
     def _write_music(self, wave: "Tensor", sample_hz: int, best: int, scores: Sequence[float] = ()) -> None:
         """Write a wave and its plot; `best` is the number of the selected candidate of those with `scores`."""
-        from audiolm_pytorch.audio.files import write_audio
+        from audiolm_pytorch.audio.files import peak_safe, write_audio
 
-        if not wave.isfinite().all():
-            raise self._nan_error()
+        wave = peak_safe(self._marked(wave, sample_hz))
         write_audio(self.out, wave, sample_hz, comment=self._comment(best))
         self._report(scores, best)
         self._print(f"wrote {self.out}")
@@ -201,15 +206,27 @@ class Generate(ModelOptions):
                 file.write(_wav_header(first.sample_hz, channels, None))
             num_bytes = 0
             for chunk in chain([first], chunks):
-                wave = chunk.waves[0]
-                if not wave.isfinite().all():
-                    raise self._nan_error()
+                wave = self._marked(chunk.waves[0], first.sample_hz)
                 samples = (wave.clamp(-1, 1) * 32767).round().cpu().numpy()
                 num_bytes += file.write(samples.T.astype("<i2").tobytes())
                 file.flush()
             if has_header and to_file and file.seekable():
                 file.seek(0)
                 file.write(_wav_header(first.sample_hz, channels, num_bytes))
+
+    @cached_property
+    def _watermark(self) -> "AudioSealWatermark | None":
+        if self.watermark is None:
+            return None
+        from musiclm_pytorch.generation.watermark import AudioSealWatermark
+
+        return AudioSealWatermark.from_pretrained(**self.source_of(self.watermark), device=device_named(self.device))
+
+    def _marked(self, wave: "Tensor", sample_hz: int) -> "Tensor":
+        """Check that a wave is finite, and add the watermark."""
+        if not wave.isfinite().all():
+            raise RuntimeError(f"the model {self.model} generated NaN samples; train it longer or use another model")
+        return wave if self._watermark is None else self._watermark(wave, sample_hz)
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -251,9 +268,6 @@ class Generate(ModelOptions):
 
     def _print(self, message: str) -> None:
         print(printable(message), file=sys.stderr if self.out == _STANDARD_OUTPUT else sys.stdout)
-
-    def _nan_error(self) -> RuntimeError:
-        return RuntimeError(f"the model {self.model} generated NaN samples; train it longer or use another model")
 
 
 def _wav_header(sample_hz: int, channels: int, num_bytes: int | None) -> bytes:

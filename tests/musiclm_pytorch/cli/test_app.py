@@ -390,6 +390,26 @@ def test_nan_samples_are_not_written(musiclm_command, model, tmp_path, monkeypat
 
 
 @pytest.mark.slow
+def test_the_licence_of_a_model_is_printed_once_and_kept(musiclm_command, model, tmp_path, capsys, caplog):
+    """A non-commercial model is exported only with consent, and its export is not commercial either."""
+    run, out = shutil.copytree(model, tmp_path / "run"), tmp_path / "shipped"
+    (run / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    words = ("export", "--run", run, "--out", out)
+    assert musiclm_command(*words) == 2
+    assert "forbids commercial use; pass" in capsys.readouterr().err and not out.exists()
+    for _ in range(2):
+        assert musiclm_command(*words, "--allow-noncommercial") == 0
+    assert "\nlicense: cc-by-nc-4.0\n" in (out / "README.md").read_text()
+    (out / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert musiclm_command("generate", "x", "--model", out, *SHORT, "--out", tmp_path / "x.wav") == 0
+    licences = [message for message in caplog.messages if "licence of the weights" in message]
+    assert licences == [
+        f"{run}: licence of the weights cc-by-nc-4.0 (model card)",
+        f"{out}: licence of the weights mit (model card)",
+    ]
+
+
+@pytest.mark.slow
 def test_as_a_process(tmp_path):
     """A process ends with the exit status and one line on stderr; imports print no warnings."""
     program = "import sys; from musiclm_pytorch.cli import main; sys.exit(main())"

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 
 from musiclm_pytorch.generation.prompts import Mixture
+from musiclm_pytorch.generation.watermark import AudioSealWatermark
 from musiclm_pytorch.musiclm import MusicLM
 from tests.helpers.bad_input import bad_input, check_bad_input, listing
 
@@ -106,6 +107,24 @@ def test_a_stream_with_nan_samples_is_an_error(musiclm_command, model, tmp_path,
     monkeypatch.setattr(MusicLM, "stream", broken)
     assert musiclm_command(*WORDS, "--model", model, "--seconds", 0.5, "--out", tmp_path / "x.wav") == 2
     assert "generated NaN samples" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_watermark_is_in_the_music_and_in_every_chunk(musiclm_command, model, tmp_path, monkeypatch):
+    """It is loaded with the options of other models, from a folder or a hub id with a revision."""
+    sources = []
+
+    def fake(cls, source, **options):
+        sources.append((source, options["revision"], options["offline"]))
+        return lambda wave, sample_hz: 0 * wave + sample_hz / 64_000
+
+    monkeypatch.setattr(AudioSealWatermark, "from_pretrained", classmethod(fake))
+    for name, words in (("offline.wav", WORDS[:6]), ("stream.wav", WORDS)):
+        words = (*words, "--model", model, "--seconds", 1.3, "--out", tmp_path / name, "--watermark", "me/marks@v1")
+        assert musiclm_command(*words, "--offline") == 0
+        wave, _ = soundfile.read(tmp_path / name)
+        assert len(wave) == 1.3 * 16000 and (abs(wave - 0.25) < 1e-3).all()
+    assert sources == [("me/marks", "v1", True)] * 2
 
 
 BAD_INPUT = r"""
