@@ -37,12 +37,15 @@ class AudioSealWatermark(nn.Module):
         message: Number in 0..65535, which the detector returns.
     """
 
+    generator: Any
+    detector: Any
+
     @typed
     def __init__(self, generator: nn.Module, detector: nn.Module, *, message: int = 0) -> None:
         super().__init__()
         self.generator, self.detector = generator, detector
-        if not 0 <= message < 2**detector.nbits:
-            raise ValueError(f"message must be in 0..{2**detector.nbits - 1}, got {message}")
+        if not 0 <= message < 2**self.detector.nbits:
+            raise ValueError(f"message must be in 0..{2**self.detector.nbits - 1}, got {message}")
         self.message = message
 
     @classmethod
