@@ -62,8 +62,9 @@ def is_musicgen(source: str | Path, **hub: Any) -> bool:
 
 def read_own_parts(folder: Path) -> MusicGenParts:
     """Read the parts of a model in the format of this library."""
-    read_card(folder / CARD)
-    names = [name for name in _PARTS if (folder / name).is_dir()]
+    names = read_card(folder / CARD).get("parts")
+    if not isinstance(names, list) or not {"transformer", "codec"} <= {*map(str, names)} <= _PARTS.keys():
+        raise ValueError(f"parts in {folder / CARD} must be a list of {', '.join(_PARTS)}, got {names!r:.200}")
     parts = load_parts(folder, {name: folder / name for name in names}, _PARTS)
     return MusicGenParts(parts["transformer"], parts["codec"], parts.get("text_conditioner"))
 

@@ -13,6 +13,7 @@ from audiolm_pytorch.saving.sharing import SharedModel
 from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
 from musiclm_pytorch.cli.checks import ModelOptions
 from musiclm_pytorch.mulan.joint import JointEmbedding
+from musiclm_pytorch.musicgen.musicgen import MusicGen
 from musiclm_pytorch.musiclm import MusicLM
 from tests.helpers.local_hub import local_hub
 from tests.helpers.small_models import small_musiclm, small_soundstream, small_spectral_codec, small_tokenizer
@@ -42,6 +43,7 @@ def kinds_of(musiclm: MusicLM) -> dict[str, tuple[SharedModel, type[SharedModel]
         "spectral": (small_spectral_codec(), Codec),
         "tokenizer": (audio_lm.wav2vec, SemanticTokenizer),
         "mulan": (quantizer.mulan, JointEmbedding),
+        "musicgen": (MusicGen(codec=small_soundstream(), dim=16, depth=1, heads=2), MusicGen),
         **{name: (model, type(model)) for name, model in own.items()},
     }
 
@@ -164,23 +166,33 @@ def test_names_of_other_licences(tmp_path, licence):
 
 @pytest.mark.slow
 def test_missing_truncated_and_edited_files_are_refused_in_one_line(musiclm, tmp_path):
-    """Every file of a model, from the card to the weights; the message names the file or its part."""
-    musiclm.save_pretrained(tmp_path / "whole")
-    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.*") if path.suffix != ".md"]
-    assert len(files) == 13
-    for file in files:
-        content = (tmp_path / "whole" / file).read_bytes()
-        place = content.rindex(b"1") if file.suffix == ".json" else len(content) - 3
-        edited = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
-        for damaged in (None, content[: len(content) // 2], b"", edited):
-            folder = tmp_path / "damaged"
-            shutil.copytree(tmp_path / "whole", folder)
-            (folder / file).unlink() if damaged is None else (folder / file).write_bytes(damaged)
-            with pytest.raises(ValueError) as caught:
-                MusicLM.from_pretrained(folder)
-            message = str(caught.value)
-            assert "\n" not in message and (file.name in message or file.parent.name in message), message
+    """Every file of every kind, from the card to the weights; the message names the file or its part."""
+    num_files = 0
+    for name, (model, kind) in kinds_of(musiclm).items():
+        whole, folder = tmp_path / name, tmp_path / "damaged"
+        model.save_pretrained(whole)
+        assert_equal(model, kind.from_pretrained(whole))
+        files = [path.relative_to(whole) for path in whole.rglob("*.*") if path.suffix != ".md"]
+        num_files += len(files)
+        for file in files:
+            content = (whole / file).read_bytes()
+            place = content.rindex(b"1") if file.suffix == ".json" else len(content) - 3
+            edited = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+            for damaged in (None, content[: len(content) // 2], b"", edited):
+                shutil.copytree(whole, folder)
+                (folder / file).unlink() if damaged is None else (folder / file).write_bytes(damaged)
+                with pytest.raises(ValueError) as caught:
+                    kind.from_pretrained(folder)
+                message = str(caught.value)
+                assert "\n" not in message and (file.name in message or file.parent.name in message), message
+                shutil.rmtree(folder)
+        for part in [path for path in whole.iterdir() if path.is_dir()]:
+            shutil.copytree(whole, folder, ignore=lambda _, names, gone=part.name: {gone} & {*names})
+            with pytest.raises(ValueError, match=f"lacks {part.name}/") as caught:
+                kind.from_pretrained(folder)
+            assert "\n" not in str(caught.value)
             shutil.rmtree(folder)
+    assert num_files == 47
 
 
 def test_revisions_on_the_command_line(tmp_path):
