@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -214,30 +215,31 @@ def mixtures(model: "MusicLM", classifier: AttributeClassifier, settings: Settin
 def negative_text(model: "MusicLM", classifier: AttributeClassifier, settings: Settings) -> list[MetricValue]:
     """Measure the share of clips with drums, for texts with and without drums, without and with negative text."""
     names = classifier.classes["instrument"]
-    values = []
+    values: list[MetricValue] = []
     for kind, ending in (("texts without drums", ""), ("texts with drums", " with drums")):
         texts = [settings.text.format(name) + ending for name in names]
-        shares, kept = {}, {}
+        shares = []
         for condition, negative in (("no negative text", None), ('negative text "drums"', "drums")):
             waves = _candidates(model, texts, settings, negative_text=negative)
             found = [classifier.predict(clips, model.sample_hz) for clips in waves]
-            shares[condition] = np.array([[answer == "yes" for answer in labels["drums"]] for labels in found])
-            kept[condition] = [
-                np.mean([answer == name for answer in labels["instrument"]]) for name, labels in zip(names, found)
-            ]
-        for condition, hits in shares.items():
+            has_drums = np.array([labels["drums"] for labels in found]) == "yes"
+            is_kept = np.array([labels["instrument"] for labels in found]) == np.array(names)[:, None]
             prefix = f"drums / {kind} / {condition}"
-            values.append(MetricValue.mean(f"{prefix} / share with drums", hits.mean(axis=1)))
-            values.append(MetricValue.mean(f"{prefix} / asked instrument", kept[condition], 1 / len(names)))
-        without, with_negative = (hits.mean(axis=1) for hits in shares.values())
+            values.append(MetricValue.mean(f"{prefix} / share with drums", has_drums.mean(axis=1)))
+            values.append(MetricValue.mean(f"{prefix} / asked instrument", is_kept.mean(axis=1), 1 / len(names)))
+            shares.append(has_drums.mean(axis=1))
         values.append(
             MetricValue.measured(
                 f"drums / {kind} / share with the negative text, relative",
-                lambda rows, a=with_negative, b=without: float(a[rows].mean() / max(b[rows].mean(), 1e-9)),
+                partial(_ratio_of_means, shares[1], shares[0]),
                 len(names),
             )
         )
     return values
+
+
+def _ratio_of_means(a: np.ndarray, b: np.ndarray, rows: np.ndarray) -> float:
+    return float(a[rows].mean() / max(b[rows].mean(), 1e-9))
 
 
 def memory(source: str) -> list[MetricValue]:
