@@ -40,28 +40,11 @@ class PretrainedCodec(Codec):
     model: Any
     origin: dict[str, Any]
 
-    def __init__(
-        self,
-        source: str | Path | LoadedModel,
-        *,
-        offline: bool = False,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        allow_noncommercial: bool = False,
-    ) -> None:
+    def __init__(self, source: str | Path | LoadedModel, **hub: Any) -> None:
         super().__init__()
-        if not isinstance(source, LoadedModel):
-            classes = {self.model_type: self.model_class}
-            source = load_model(
-                source,
-                classes,
-                offline=offline,
-                revision=revision,
-                cache_dir=cache_dir,
-                allow_noncommercial=allow_noncommercial,
-            )
-        self.origin = source.origin
-        self.model = source.model.requires_grad_(False)
+        loaded = load_model(source, {self.model_type: self.model_class}, **hub)
+        self.origin = loaded.origin
+        self.model = loaded.model.requires_grad_(False)
         for module in self.model.modules():
             if type(module).__name__ in self.chunked_stacks:
                 module.forward = partial(chunked_forward, module)
@@ -73,17 +56,6 @@ class PretrainedCodec(Codec):
         """Set the size attributes that `Codec` declares."""
         self.target_sample_hz, self.downsample_factor, self.channels = sample_hz, downsample_factor, channels
         self.num_quantizers, self.codebook_size = num_quantizers, codebook_size
-
-    @property
-    def description(self) -> str:
-        """Text in one line that contains source, revision, sizes, bitrate and licence of the codec."""
-        origin = self.origin
-        return (
-            f"{origin['source']} (revision {origin['revision'] or 'none: local'}): {self.model_type}, "
-            f"{self.target_sample_hz} Hz, {'stereo' if self.channels == 2 else 'mono'}, "
-            f"{self.target_sample_hz / self.downsample_factor:g} frames/s x {self.num_quantizers} levels of "
-            f"{self.codebook_size} codes = {self.bitrate_kbps():.4g} kbps; licence of the weights: {origin['licence']}"
-        )
 
     @abstractmethod
     def _encode(self, wave: Tensor) -> EncodedWave:

@@ -13,6 +13,7 @@ __all__ = ["Mixture", "NoiseMixer"]
 
 _SILENCE = 1e-5  # root mean square, -100 dB of full scale: below it a ratio to noise is not defined
 _NOISE_DRAWS = 4
+_DENOISE_SHARE = 0.5  # of the items whose `denoise` flag is set
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,6 @@ class NoiseMixer:
     Args:
         noise: Crops of noise; noise shorter than a clean crop is repeated.
         snr_db: Lowest and highest signal-to-noise ratio (dB); each item draws a ratio uniformly.
-        denoise_share: Share of the items (0 to 1) whose `denoise` flag is set.
         clean_share: Share of the items (0 to 1) to which no noise is added.
     """
 
@@ -50,26 +50,25 @@ class NoiseMixer:
         *,
         sample_hz: int,
         snr_db: tuple[float, float] = (0.0, 15.0),
-        denoise_share: float = 0.5,
         clean_share: float = 0.1,
         seed: int = 0,
     ) -> None:
-        if not snr_db[0] <= snr_db[1] or not 0 <= denoise_share <= 1 or not 0 <= clean_share <= 1 or seed < 0:
+        if not snr_db[0] <= snr_db[1] or not 0 <= clean_share <= 1 or seed < 0:
             raise ValueError(
-                "need snr_db = (lowest, highest), shares from 0 to 1 and seed >= 0, got "
-                f"{snr_db=}, {denoise_share=}, {clean_share=} and {seed=}"
+                "need snr_db = (lowest, highest), clean_share from 0 to 1 and seed >= 0, got "
+                f"{snr_db=}, {clean_share=} and {seed=}"
             )
         for name, crops in (("clean", clean), ("noise", noise)):
             if sample_hz not in crops.rates_hz:
                 raise ValueError(f"the {name} crops are at {crops.rates_hz} Hz; pass crops at {sample_hz} Hz")
         self.clean, self.noise, self.sample_hz = clean, noise, sample_hz
-        self.snr_db, self.denoise_share, self.clean_share, self.seed = snr_db, denoise_share, clean_share, seed
+        self.snr_db, self.clean_share, self.seed = snr_db, clean_share, seed
 
     @typed
     def get(self, epoch: int, index: int) -> Mixture:
         """Mix one clean crop with noise; add no noise if the clean crop, or all drawn noise, is silent."""
         rng = np.random.default_rng([self.seed, 1, epoch, index])
-        denoise = bool(rng.random() < self.denoise_share)
+        denoise = bool(rng.random() < _DENOISE_SHARE)
         is_clean = bool(rng.random() < self.clean_share)
         snr_db = float(rng.uniform(*self.snr_db))
         clean = self.clean.get(epoch, index).waves[self.sample_hz]

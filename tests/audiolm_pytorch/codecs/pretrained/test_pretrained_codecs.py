@@ -286,8 +286,8 @@ def test_a_hub_id_is_downloaded_once_with_its_revision_and_licence(models, tmp_p
         codec = MimiWrapper(revision="main", num_quantizers=3)
     (message,) = [record.getMessage() for record in caplog.records]
     assert message == "kyutai/mimi: licence of the weights CC-BY 4.0 (kyutai-labs/moshi)"
-    for part in ("kyutai/mimi", "0abc", "800 Hz", "50 frames/s x 3 levels of 16", "= 0.6 kbps", "CC-BY 4.0"):
-        assert part in codec.description
+    assert (codec.origin["source"], codec.origin["revision"]) == ("kyutai/mimi", "0abc")
+    assert codec.origin["licence"].startswith("CC-BY 4.0") and codec.bitrate_kbps() == pytest.approx(0.6)
     ((name, options),) = asked
     assert name == "kyutai/mimi" and options["revision"] == "main" and not options["local_files_only"]
     assert "*.bin" not in options["allow_patterns"]
