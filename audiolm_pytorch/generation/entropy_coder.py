@@ -2,9 +2,9 @@
 
 Encoder and decoder must compute equal probabilities, or every later code would be wrong. Encoding computes all rows of
 a window at the same time, decoding row by row, perhaps on another machine, so that logits differ by rounding errors.
-The logits are computed in float64, with errors of about 1e-14, and rounded to multiples of 1/8. Two roundings differ
-about once in a year of audio, and the checksum of the window then raises an error. The coarse logits lengthen the codes
-by less than 0.1 %. Rounded logits become integer weights by a table, and the range coder computes exactly.
+The logits are computed in float64, with errors of up to 1e-14, and rounded to multiples of 1/8. Two roundings differ
+less than once in a year of audio, and the checksum of the window then raises an error. The coarse logits lengthen the
+codes by less than 0.1 %. Rounded logits become integer weights by a table, and the range coder computes exactly.
 """
 
 import math
