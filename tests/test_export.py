@@ -63,7 +63,7 @@ PARTS: dict[str, tuple[Callable[[], nn.Module], str, Callable[[int], Tensor], tu
     "audio tower": (small.small_mulan, "get_audio_latents", wave, (4000, 2237, 3201)),
     "text tower": (small.small_mulan, "get_text_latents", text, NUM_TOKENS),
 }
-TRACED_IN_DEFAULT_RUN = ("convolutional encoder", "tokenizer", "audio tower", "text tower")
+TRACED_IN_DEFAULT_RUN = ("spectral encoder", "tokenizer", "audio tower", "text tower")
 every_part = pytest.mark.parametrize("part", PARTS)
 
 

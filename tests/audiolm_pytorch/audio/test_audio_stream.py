@@ -20,7 +20,10 @@ def test_streaming_resampler_is_resample(from_hz, to_hz):
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".mp3"])
-@pytest.mark.parametrize(("sample_hz", "channels"), [(None, None), (16000, 1), (24000, 2)])
+@pytest.mark.parametrize(
+    ("sample_hz", "channels"),
+    [pytest.param(None, None, marks=pytest.mark.slow), (16000, 1), pytest.param(24000, 2, marks=pytest.mark.slow)],
+)
 def test_source_is_read_audio(tmp_path, suffix, sample_hz, channels):
     """The concatenated blocks of a file equal `read_audio`; `info` is exact afterwards."""
     path = tmp_path / f"sound{suffix}"

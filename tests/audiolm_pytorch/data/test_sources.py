@@ -622,7 +622,7 @@ def test_a_data_set_that_changes_is_named() -> None:
     "source",
     [
         "data set",
-        "folders",
+        pytest.param("folders", marks=pytest.mark.slow),
         pytest.param("two data sets", marks=pytest.mark.slow),
         pytest.param("folder argument", marks=pytest.mark.slow),
     ],

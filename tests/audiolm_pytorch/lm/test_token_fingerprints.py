@@ -19,6 +19,7 @@ from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.tokens.streams import Stream
 from tests.helpers import fakes
+from tests.helpers.quick import only_quick
 
 pytestmark = pytest.mark.usefixtures("low_rates")
 
@@ -43,7 +44,7 @@ KNOWN = {
 }
 PAIRS = [(name, maker) for name in MAKERS for maker in MAKERS[name]]
 QUICK = {"num_train_steps": 3, "batch_size": 2, "warmup_steps": 0, "data_max_length_seconds": 0.4}
-every_stage = pytest.mark.parametrize("name", list(MAKERS))
+every_stage = pytest.mark.parametrize("name", only_quick(MAKERS, ["coarse"]))
 every_source = pytest.mark.parametrize("source", ["waves", "shards"])
 
 
@@ -103,7 +104,10 @@ def test_checkpoints_and_results_store_fingerprints(name, source, tmp_path, writ
     assert load_module(tmp_path / "run" / name).token_fingerprints == KNOWN[name]
 
 
-@pytest.mark.parametrize(("name", "maker"), PAIRS)
+@pytest.mark.parametrize(
+    ("name", "maker"),
+    [pytest.param(*pair, marks=[] if pair[0] == "coarse" else pytest.mark.slow) for pair in PAIRS],
+)
 @every_source
 @pytest.mark.parametrize("finished", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_is_not_resumed_with_another_tokenizer(name, maker, source, finished, tmp_path, write_folder):

@@ -21,6 +21,7 @@ from audiolm_pytorch.nn.cached_transformer import CachedTransformer
 from audiolm_pytorch.nn.transformer import FusedConditions, Transformer
 from audiolm_pytorch.tokens.streams import PackedTokens
 from tests.helpers.fakes import tiny_stages
+from tests.helpers.quick import only_quick
 
 SIZES: dict[str, Any] = {"dim": 24, "depth": 2, "heads": 4, "dim_head": 8, "ff_mult": 2.0}
 
@@ -124,6 +125,15 @@ def compare(session: DecodeSession, monkeypatch: pytest.MonkeyPatch) -> int:
     return fused.num_rows + max(max(rows) for rows, *_ in read)
 
 
+QUICK_CASES = (
+    "rotary, unequal",
+    "relative",
+    "shared keys",
+    "text",
+    "text prefix, relative",
+    "other parts",
+    "many items",
+)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # options of the stage, options of the session
     "rotary, unequal": ({}, {"guidance": 2.0, "unequal": True}),
@@ -153,7 +163,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", only_quick(CASES, QUICK_CASES))
 def test_logits_of_decoding_equal_those_of_whole_sequences(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To 1e-5, over more than one extent of the cache, for all parts of a transformer."""
     options, plan = CASES[case]
@@ -169,7 +179,10 @@ class Adapted(nn.Linear):
         return super().forward(x) + 0.1 * x.sum(dim=-1, keepdim=True)
 
 
-@pytest.mark.parametrize("part", ["to_qkv", "to_out", "up", "down", "to_q", "heads", "feed_forward", "norm"])
+@pytest.mark.parametrize(
+    "part",
+    only_quick(["to_qkv", "to_out", "up", "down", "to_q", "heads", "feed_forward", "norm"], ["to_qkv", "down", "norm"]),
+)
 def test_adapters_and_hooks_of_layers_have_an_effect(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding does not only use the weights of a subclass, or of a layer with a hook."""
     stage = stage_of(text_dim=12, norm="layer" if part == "norm" else lambda dim: nn.LayerNorm(dim, bias=False))

@@ -67,7 +67,8 @@ def fitted(source: Portions, num_clusters: int, seed: int, num_epochs: int = 10)
 
 
 @pytest.mark.parametrize(
-    ("num_vectors", "num_clusters"), [(8000, 8), (8000, 100), pytest.param(40_000, 1024, marks=pytest.mark.slow)]
+    ("num_vectors", "num_clusters"),
+    [(8000, 8), pytest.param(8000, 100, marks=pytest.mark.slow), pytest.param(40_000, 1024, marks=pytest.mark.slow)],
 )
 def test_as_good_as_sklearn_on_all_vectors(num_vectors, num_clusters):
     """Guards quality: distortion at most 2% above MiniBatchKMeans.fit on the same normalised vectors in memory."""

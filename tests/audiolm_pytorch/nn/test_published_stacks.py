@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.nn.cached_transformer import CachedTransformer
 from audiolm_pytorch.nn.transformer import FusedConditions, Transformer
+from tests.helpers.quick import only_quick
 
 transformers = pytest.importorskip("transformers")
 
@@ -244,7 +245,7 @@ def musicgen() -> Published:
 PUBLISHED = {"gpt2": gpt2, "t5": partial(t5, False), "t5_v1_1": partial(t5, True), "musicgen": musicgen}
 
 
-@pytest.fixture(params=PUBLISHED)
+@pytest.fixture(params=only_quick(PUBLISHED, ["gpt2", "t5", "musicgen"]))
 def published(request: pytest.FixtureRequest) -> Published:
     return PUBLISHED[request.param]()
 

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import (
 
 from audiolm_pytorch.training import LoopSettings, TrainLoop
 from audiolm_pytorch.training.optimizer import learning_rate_at
+from tests.helpers.quick import only_quick
 from tests.helpers.toy_training import SETTINGS, ToyTask, assert_same_run, linear_task, rows_of
 
 # SETTINGS without what belongs to the default optimizer and schedule
@@ -81,10 +82,10 @@ def test_same_numbers_give_the_same_bits(tmp_path: Path) -> None:
     ("optimizer", "schedule"),
     [
         (partial(SGD, lr=1e-2, momentum=0.9, nesterov=True), None),
-        (partial(Adagrad, lr=1e-2), None),
+        pytest.param(partial(Adagrad, lr=1e-2), None, marks=pytest.mark.slow),
         (partial(NAdam, lr=1e-2), partial(OneCycleLR, max_lr=1e-2, total_steps=12)),
-        (partial(PythonState, lr=1e-2), None),
-        (None, warmup_then_milestones),
+        pytest.param(partial(PythonState, lr=1e-2), None, marks=pytest.mark.slow),
+        pytest.param(None, warmup_then_milestones, marks=pytest.mark.slow),
         ({"critic": SGD}, {"main": partial(MultiStepLR, milestones=[3, 7, 8])}),
     ],
     ids=["sgd", "adagrad", "nadam-onecycle", "python-numbers", "sequential", "by-phase"],
@@ -157,7 +158,7 @@ def test_objects_continue_after_an_interruption(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "straight", tmp_path / "interrupted")
 
 
-@pytest.mark.parametrize("steps", [4, None], ids=["unfinished", "finished"])
+@pytest.mark.parametrize("steps", only_quick([4, None], [4]), ids=["unfinished", "finished"])
 @pytest.mark.parametrize(
     "change",
     [

@@ -15,6 +15,7 @@ from audiolm_pytorch.saving.files import write_json
 from audiolm_pytorch.training import TrainLoop
 from audiolm_pytorch.training.run_folder import claimed_folder, read_record
 from audiolm_pytorch.training.stopping import stop_signals
+from tests.helpers.quick import only_quick
 from tests.helpers.toy_training import SETTINGS, ToyTask, assert_same_run, rows_of, tensors_in
 
 
@@ -136,7 +137,7 @@ def test_a_trainer_continues_from_the_checkpoint_of_another_one(tmp_path: Path) 
     ],
     ids=["name", "paths", "all", "without EMA"],
 )
-@pytest.mark.parametrize("steps", [5, 12], ids=["interrupted", "finished"])
+@pytest.mark.parametrize("steps", only_quick([5, 12], [5]), ids=["interrupted", "finished"])
 def test_other_settings_continue_on_request(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any], allowed: tuple[str, ...], steps: int
 ) -> None:

@@ -215,10 +215,16 @@ evaluate junk | evaluate JUNK --codec CODEC | junk.wav: cannot be read as audio
 """
 
 
+@pytest.fixture(scope="module")
+def other_codec(tmp_path_factory):
+    """The folder of another codec; read only."""
+    return saved_codec(tmp_path_factory.mktemp("other"), seed=1)
+
+
 @pytest.fixture
-def places(codec, write_tone, tmp_path, tmp_path_factory, musiclm_command):
+def places(codec, other_codec, write_tone, tmp_path, musiclm_command):
     """What bad input speaks of."""
-    found = {"CODEC": codec, "OTHER": saved_codec(tmp_path_factory.mktemp("other"), seed=1), "TMP": tmp_path}
+    found = {"CODEC": codec, "OTHER": other_codec, "TMP": tmp_path}
     found["TONE"] = write_tone("folder/tone.wav", 0.1, 8000)
     found["FOLDER"], found["CODES"] = tmp_path / "folder", tmp_path / "folder" / "codes.safetensors"
     assert musiclm_command("codec", "encode", found["TONE"], "--out", found["CODES"], "--codec", codec) == 0

@@ -25,6 +25,7 @@ def model(micro_run):
     return micro_run / "model"
 
 
+@pytest.mark.slow
 def test_a_stream_equals_the_music_of_its_seed(musiclm_command, model, tmp_path, capsys):
     """The file has a right header, and the samples of the selected candidate, except for the scale of its peak."""
     out = tmp_path / "new" / "stream.wav"

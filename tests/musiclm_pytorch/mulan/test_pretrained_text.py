@@ -124,7 +124,7 @@ def test_frozen_stays_frozen_in_train_mode(encoder_folders):
     torch.testing.assert_close(tuned.eval()(TEXTS), before, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", only_quick(KINDS, ["bert"]))
 def test_saved_encoder_needs_no_files_of_others(encoder_folders, kind, tmp_path, monkeypatch):
     """Tokenizer, weights and settings are saved with the model, alone and in a MuLaN; no hub is needed."""
     monkeypatch.setattr(socket, "socket", None)

@@ -15,6 +15,7 @@ from musiclm_pytorch.musicgen.musicgen import MusicGen
 transformers = pytest.importorskip("transformers")
 
 from tests.helpers.published_musicgen import VOCAB, oracle, write_musicgen  # noqa: E402
+from tests.helpers.quick import only_quick  # noqa: E402
 
 TEXTS = ["slow piano ballad", "Fast violin jig with drums"]
 KINDS: dict[str, dict[str, Any]] = {"mono": {}, "stereo": {"channels": 2}, "audiogen": {"audiogen": True}}
@@ -80,7 +81,7 @@ def recording(decode: Callable[..., Any], decoded: list[Tensor]) -> Callable[...
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", only_quick(KINDS, ["stereo"]))
 def test_logits_equal_those_of_transformers(folders: dict[str, Path], kind: str) -> None:
     """All rows of all levels, with texts of unequal length and without a text, to 1e-5."""
     model, reference = loaded(folders[kind])
@@ -99,7 +100,7 @@ def test_logits_equal_those_of_transformers(folders: dict[str, Path], kind: str)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prompt_frames", [0, 6], ids=["no_prompt", "prompt"])
+@pytest.mark.parametrize("prompt_frames", only_quick([0, 6], [6]), ids=["no_prompt", "prompt"])
 @every_scale
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=() if kind == "mono" else pytest.mark.slow) for kind in KINDS]
@@ -135,7 +136,7 @@ MELODY_FRAMES = 5  # repeated to the 9 frames of the model
 
 @torch.no_grad()
 @every_scale
-@pytest.mark.parametrize("with_melody", [True, False], ids=["melody", "no_melody"])
+@pytest.mark.parametrize("with_melody", only_quick([True, False], [True]), ids=["melody", "no_melody"])
 def test_greedy_tokens_with_a_melody_equal_those_of_transformers(
     melody_folder: Path, with_melody: bool, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from musiclm_pytorch.musicgen.musicgen import AudioGen, MusicGen
 transformers = pytest.importorskip("transformers")
 
 from tests.helpers.published_musicgen import oracle, write_audiocraft_files, write_musicgen  # noqa: E402
+from tests.helpers.quick import only_quick  # noqa: E402
 
 KINDS: dict[str, dict[str, Any]] = {
     "mono": {},
@@ -65,7 +66,7 @@ def test_both_formats_load_to_the_same_model(folders: dict[str, Path], kind: str
         assert other.transformer.config == model.transformer.config
 
 
-@pytest.mark.parametrize("format", ["own", "transformers", pytest.param("audiocraft", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("format", only_quick(["own", "transformers", "audiocraft"], ["transformers"]))
 @every_kind
 def test_saved_models_load_bit_for_bit(folders: dict[str, Path], kind: str, format: Any, tmp_path: Path) -> None:
     """The text encoder is saved too, also beside audiocraft's files; no format reaches for the hub."""

@@ -30,7 +30,10 @@ def model(folder: Path) -> MusicGen:
     return model
 
 
-@pytest.mark.parametrize(("levels", "channels"), [(1, 1), (4, 1), (8, 2)])
+@pytest.mark.parametrize(
+    ("levels", "channels"),
+    [pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(4, 1, marks=pytest.mark.slow), (8, 2)],
+)
 @pytest.mark.parametrize("prompt_frames", [0, 5])
 def test_grid_equals_the_delay_pattern_of_transformers(
     folder: Path, levels: int, channels: int, prompt_frames: int

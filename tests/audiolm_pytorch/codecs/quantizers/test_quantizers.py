@@ -19,6 +19,7 @@ from audiolm_pytorch.codecs.quantizers import (
 )
 from audiolm_pytorch.codecs.quantizers.fixed_grid import grid_steps
 from audiolm_pytorch.saving.modules import build_module, module_spec
+from tests.helpers.quick import only_quick
 
 KINDS = {
     "residual": {},
@@ -203,9 +204,10 @@ DEGENERATE = {
 
 
 @every_kind
-@pytest.mark.parametrize("frames", DEGENERATE.values(), ids=DEGENERATE.keys())
-def test_degenerate_frames_have_finite_results(kind, frames):
+@pytest.mark.parametrize("name", only_quick(DEGENERATE, ["silent", "few_frames"]))
+def test_degenerate_frames_have_finite_results(kind, name):
     """Silence and clips shorter than a codebook: loss, codes and gradients are finite."""
+    frames = DEGENERATE[name]
     quantizer = made(kind, frames=rearrange(frames, "b f d -> (b f) d"))
     set_level_dropout(quantizer, 0.0)
     for _ in range(3):

@@ -30,6 +30,7 @@ from audiolm_pytorch.saving.modules import load_module
 from audiolm_pytorch.training import TrainLoop
 from audiolm_pytorch.training.distributed import PersistentBuffers
 from audiolm_pytorch.training.optimizer import PhaseOptimizer
+from tests.helpers.quick import only_quick
 from tests.helpers.small_codecs import RATE_HZ, tiny_codec, write_chords
 
 ALL_LOSSES = CodecLossWeights()
@@ -88,7 +89,7 @@ def optimizers_of(trainer):
     return [PhaseOptimizer(one, names, buffers, settings, Accelerator(cpu=True)) for one in trainer.task.phases]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", only_quick(["fp32", "bf16"], ["bf16"]))
 def test_codebooks_are_initialised_in_either_precision(folder, tmp_path, precision):
     """The codebooks are initialised inside a training step; under autocast their frames are bf16."""
     trainer = trainer_of(folder, tmp_path, steps=4, unquantized_steps=2, precision=precision)
@@ -493,7 +494,7 @@ def test_stereo_codec_trains_from_stereo_and_mono_files(tmp_path):
     assert rows_of(tmp_path / "run", "generator")[-1]["skipped"] == 0
 
 
-@pytest.mark.parametrize("num_files", [1, 3])
+@pytest.mark.parametrize("num_files", only_quick([1, 3], [1]))
 def test_few_files_train(folder, tmp_path, num_files):
     """One file, and fewer files than a batch: training repeats them with other crops."""
     data = tmp_path / "data"

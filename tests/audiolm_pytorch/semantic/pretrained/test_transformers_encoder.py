@@ -200,6 +200,7 @@ def test_save_and_load_give_equal_features(models, name, tmp_path):
     assert json.dumps(loaded.config, sort_keys=True) == json.dumps(encoder.config, sort_keys=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_fingerprint_follows_what_makes_the_features(models, tmp_path):
     """The fingerprint depends on what makes the features, not on dropped blocks or names of weights."""
