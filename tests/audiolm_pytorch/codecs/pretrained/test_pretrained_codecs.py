@@ -41,7 +41,7 @@ CONFIGS = {
     "mimi": lambda: transformers.MimiConfig(**MIMI),
 }
 MODELS = {"encodec": "EncodecModel", "dac": "DacModel", "mimi": "MimiModel"}
-every_codec = pytest.mark.parametrize("name", only_quick(CONFIGS, ["encodec_mono", "mimi"]))
+every_codec = pytest.mark.parametrize("name", only_quick(CONFIGS, ["mimi"]))
 
 
 def random_model(config):
