@@ -236,7 +236,7 @@ class TrainingRun:
         precision = torch.autocast(
             self.accelerator.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16"
         )
-        with self._ema_weights(), torch.no_grad():
+        with nullcontext() if self.ema is None else self.ema.in_place(), torch.no_grad():
             with precision:
                 values = {name: float(value) for name, value in self.task.validate().items()}
             if values:
@@ -246,10 +246,6 @@ class TrainingRun:
                 write_loss_curve(self.folder / "loss.svg", self.metrics_file.rows(), self.task.name)
         self.accelerator.wait_for_everyone()
         self.task.module.train()
-
-    def _ema_weights(self) -> Any:
-        """Return a context manager in which the EMA, if there is one, replaces the weights of the module."""
-        return nullcontext() if self.ema is None else self.ema.in_place()
 
     def _report(self, phase: str, values: dict[str, float], extra: dict[str, Any]) -> None:
         """Store the latest metrics of a phase, and write a row with the metrics and their chance levels."""
