@@ -426,7 +426,7 @@ def test_a_full_disk_is_an_error_with_the_file(tmp_path: Path, monkeypatch: pyte
 
     with (
         monkeypatch.context() as patch,
-        pytest.raises(OSError, match="cannot write .*model.safetensors: No space left"),
+        pytest.raises(OSError, match="cannot write .*ema.safetensors: No space left"),
     ):
         patch.setattr(files, "save_file", full)
         TrainLoop(ToyTask(), SETTINGS, tmp_path).train(stop_after_steps=2)
