@@ -1,13 +1,15 @@
 """`musiclm train musicgen`: train or fine-tune a MusicGen on captioned audio."""
 
 from dataclasses import dataclass, replace
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from audiolm_pytorch.saving.text import printable
-from musiclm_pytorch.cli.checks import ModelOptions, check_at_least
+from musiclm_pytorch.cli.checks import ModelOptions, check_at_least, check_seconds
 
 if TYPE_CHECKING:
     from musiclm_pytorch.musicgen.musicgen import MusicGen
@@ -61,13 +63,20 @@ class TrainMusicGen(ModelOptions):
 
     def execute(self) -> int:
         """Train the model, and print its last validation metrics."""
-        check_at_least(self, seed=0)
+        check_at_least(self, seed=0, batch_size=1, lora_rank=1)
+        check_seconds(self.seconds)
         if self.lora_rank is not None and self.from_model is None:
             raise ValueError("--lora-rank needs --from; add the model to fine-tune, or leave out --lora-rank")
+        if not 0 <= (self.mix or 0) <= 1:
+            raise ValueError(f"--mix must be a probability in 0..1, got {self.mix:g}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < inf:
+            raise ValueError(f"--learning-rate must be above 0 and finite, got {self.learning_rate:g}")
+        if not self.data.exists():
+            raise ValueError(f"{self.data}: no such folder or manifest; give a folder of audio files as --data")
 
         from audiolm_pytorch.data.manifest import training_items
         from audiolm_pytorch.training.distributed import create_accelerator
-        from musiclm_pytorch.pipeline.musicgen import musicgen_trainer, write_samples
+        from musiclm_pytorch.pipeline.musicgen import musicgen_trainer
 
         preset, accelerator = self._preset(), create_accelerator()
         parts = self._parts(preset)
@@ -83,13 +92,22 @@ class TrainMusicGen(ModelOptions):
             accelerator=accelerator,
             allow_changed=self.allow_changed,
         )
-        result, model = trainer.train(), trainer.musicgen
-        trainer.loop.on_main_process(lambda: write_samples(model, items[1], self.out / "samples", self.seed))
+        result = trainer.train()
+        trainer.loop.on_main_process(lambda: self._write_samples(trainer.musicgen, items[1]))
         if accelerator.is_main_process:
             valid = [f"{name} {value:.4g}" for name, value in result.metrics.items() if name.startswith("valid.")]
             print(f"{result.step} steps  {'  '.join(valid[:2])}".rstrip())
             print(printable(f'try: musiclm generate "a slow waltz" --model {self.out}'))
         return 0
+
+    def _write_samples(self, model: "MusicGen", items: Any) -> None:
+        """Write music for the first captions of held-out files to `OUT/samples`."""
+        if model.text_conditioner is not None:
+            from musiclm_pytorch.pipeline.samples import MAX_SAMPLE_SECONDS, write_samples
+
+            seconds = min(model.transformer.max_seconds or inf, MAX_SAMPLE_SECONDS)
+            generate = partial(model, seconds=seconds, seed=self.seed)
+            write_samples(self.out / "samples", items, generate, model.sample_hz)
 
     def _preset(self) -> "MusicGenPreset":
         """Return the preset with the settings of the options."""

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from audiolm_pytorch.audio.files import peak_safe, write_audio
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.codecs.channelwise import ChannelwiseCodec
 from audiolm_pytorch.conditioning.base import TextEncoder
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.data.items import items_digest
-from audiolm_pytorch.data.manifest import AudioItem, captions_of
+from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.training import inverse_square_root
 from audiolm_pytorch.training.distributed import create_accelerator
@@ -36,13 +35,12 @@ from musiclm_pytorch.pipeline.trainers import loop_settings
 if TYPE_CHECKING:
     import accelerate
 
-__all__ = ["build_musicgen", "musicgen_trainer", "write_samples"]
+__all__ = ["build_musicgen", "musicgen_trainer"]
 
 _TOKENS_FOLDER = "tokens"
 # The small text encoder that is trained with a new model.
 _TEXT_SIZES = {"dim": 128, "depth": 2, "heads": 2, "dim_head": 64, "max_seq_len": 96}
 _TEXT_VOCABULARY = 2048
-_NUM_SAMPLES, _MAX_SAMPLE_SECONDS = 3, 5.0
 
 
 @typed
@@ -152,17 +150,3 @@ def _settings(preset: MusicGenPreset) -> dict[str, Any]:
     if preset.schedule == "inverse_sqrt":
         return settings | {"schedule": partial(inverse_square_root, warmup_steps=settings.pop("warmup_steps"))}
     return settings | {"final_lr_fraction": preset.final_lr_fraction}
-
-
-@typed
-def write_samples(model: MusicGen, items: Sequence[AudioItem], folder: Path, seed: int = 0) -> None:
-    """Write music for the first captions of items, and the captions, to a folder."""
-    captions = list(dict.fromkeys(text for item in items for text in captions_of(item)))[:_NUM_SAMPLES]
-    if not captions or model.text_conditioner is None:
-        return
-    seconds = min(model.transformer.max_seconds or inf, _MAX_SAMPLE_SECONDS)
-    waves = model.generate(texts=captions, seconds=seconds, seeds=seed).waves
-    for number, (caption, wave) in enumerate(zip(captions, waves, strict=True), start=1):
-        finite = wave.float().nan_to_num(posinf=0.0, neginf=0.0)  # a diverged model may return NaN
-        write_audio(folder / f"{number}.wav", peak_safe(finite), model.sample_hz, comment=caption)
-        (folder / f"{number}.txt").write_text(caption + "\n", encoding="utf-8")

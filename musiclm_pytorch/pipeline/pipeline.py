@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from audiolm_pytorch.audio.files import peak_safe, write_audio
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.data.items import items_digest
@@ -39,6 +38,7 @@ from musiclm_pytorch.pipeline import run_folder
 from musiclm_pytorch.pipeline.builders import STAGES, build_quantizer, build_stage
 from musiclm_pytorch.pipeline.presets import Preset
 from musiclm_pytorch.pipeline.pretrained_parts import PRETRAINED_KINDS, check_pretrained
+from musiclm_pytorch.pipeline.samples import MAX_SAMPLE_SECONDS, write_samples
 from musiclm_pytorch.pipeline.token_shards import compute_tokens
 from musiclm_pytorch.pipeline.trainers import codec_trainer, mulan_trainer, semantic_tokenizer_trainer, stage_trainer
 from musiclm_pytorch.pretrained.parts import CARD, PARTS, save_parts
@@ -54,9 +54,6 @@ logger = logger_named(__name__)
 
 # Folders of a step that are removed when its result is complete, beside the saved module of its trainer.
 _TRAINING_FILES = ("checkpoint", "checkpoint.previous", "discriminators", "features", "kmeans", "tokenizer")
-
-# Music that is written for held-out captions when the model is complete.
-_NUM_SAMPLES, _MAX_SAMPLE_SECONDS = 3, 5.0
 
 # Each step, with the steps whose results it needs.
 STEPS: dict[str, tuple[str, ...]] = {
@@ -404,12 +401,7 @@ class Pipeline:
         return self.model_folder
 
     def _write_samples(self, musiclm: MusicLM) -> None:
-        """Write music for the first captions of held-out files, and the captions, to `OUT/samples`."""
-        captions = list(dict.fromkeys(text for item in self.valid_items for text in captions_of(item)))[:_NUM_SAMPLES]
-        seconds = min(self.preset.semantic.run.seconds, _MAX_SAMPLE_SECONDS)
-        music = musiclm(captions, num_samples=1, seconds=seconds, seed=self.seed) if captions else []
-        for number, (caption, wave) in enumerate(zip(captions, music, strict=True), start=1):
-            # a diverged model may return NaN, which no file can hold
-            finite = wave.float().nan_to_num(posinf=0.0, neginf=0.0)
-            write_audio(self.out / "samples" / f"{number}.wav", peak_safe(finite), musiclm.sample_hz, comment=caption)
-            (self.out / "samples" / f"{number}.txt").write_text(caption + "\n", encoding="utf-8")
+        """Write music for the first captions of held-out files to `OUT/samples`."""
+        seconds = min(self.preset.semantic.run.seconds, MAX_SAMPLE_SECONDS)
+        generate = partial(musiclm, num_samples=1, seconds=seconds, seed=self.seed)
+        write_samples(self.out / "samples", self.valid_items, generate, musiclm.sample_hz)

@@ -13,6 +13,7 @@ from musiclm_pytorch.cli import main
 from musiclm_pytorch.musicgen.trainer import MusicGenTrainer
 from musiclm_pytorch.pipeline.musicgen_presets import MUSICGEN_PRESETS
 from musiclm_pytorch.pipeline.presets import RunConfig
+from tests.helpers.bad_input import bad_input, check_bad_input
 from tests.helpers.processes import run_two_processes
 from tests.helpers.small_codecs import tiny_codec
 
@@ -46,6 +47,29 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@bad_input(
+    """
+unknown preset | train musicgen --data DATA --out TMP/out --preset huge | no preset 'huge'.*tiny, small
+missing data | train musicgen --data TMP/none --out TMP/out | TMP/none: no such folder or manifest
+zero batch | train musicgen --data DATA --out TMP/out --batch-size 0 | --batch-size must be at least 1
+zero rank | train musicgen --data DATA --out TMP/out --from X --lora-rank 0 | --lora-rank must be at least 1
+rank without a model | train musicgen --data DATA --out TMP/out --lora-rank 2 | --lora-rank needs --from
+no probability | train musicgen --data DATA --out TMP/out --mix nan | --mix must be a probability in 0..1
+zero rate | train musicgen --data DATA --out TMP/out --learning-rate 0 | --learning-rate must be above 0
+zero seconds | train musicgen --data DATA --out TMP/out --seconds 0 | --seconds must be above 0
+zero scale | train musicgen --data DATA --out TMP/out --scale 0 | scale must be positive
+codec of a model | train musicgen --data DATA --out TMP/out --from X --codec Y | --codec is for a new model
+unknown model | train musicgen --data DATA --out TMP/out --from X | there is no folder X
+no MuLaN | train musicgen --data DATA --out TMP/out --mulan X | there is no folder X
+folder of somebody else | train musicgen --data DATA --out DATA | contains files that do not belong to a run
+not the first word | train --preset tiny musicgen --data DATA --out TMP/out | musicgen must be the first word
+"""
+)
+def test_wrong_words(musiclm_command, micro_data: Path, tmp_path: Path, words, message, capfd) -> None:
+    """One line on standard error, and no file is written."""
+    check_bad_input(musiclm_command, words, message, {"DATA": micro_data, "TMP": tmp_path}, capfd)
 
 
 @pytest.mark.slow
@@ -85,10 +109,6 @@ def test_fine_tuning(train, tmp_path: Path, capsys) -> None:
     assert MusicGen.from_pretrained(tmp_path / "stereo")("a low tone", seconds=0.2, seed=0).shape == (1, 2, 3200)
     assert train("base", "--scale", 2) == 2
     assert "--allow-changed" in capsys.readouterr().err
-    assert train("x", "--from", tmp_path / "base") == 2
-    assert "--codec is for a new model" in capsys.readouterr().err
-    assert train("x", "--lora-rank", 2) == 2
-    assert "--lora-rank needs --from" in capsys.readouterr().err
 
 
 @pytest.mark.slow
