@@ -201,7 +201,7 @@ class MusicLM(SharedModel):
         text: MusicPrompt | Sequence[MusicPrompt],
         *,
         negative_text: str | Mixture | Sequence[str | Mixture] | None = None,
-        num_samples: int = 4,
+        num_samples: int = 1,
         seconds: float = 30.0,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
@@ -225,7 +225,7 @@ class MusicLM(SharedModel):
         does not grow with `seconds`. `forward` documents the arguments that are not listed below.
 
         Args:
-            num_samples: Number of candidates per text; a single candidate starts sooner, because it is not ranked.
+            num_samples: Number of candidates per text. A single candidate starts soonest, because it is not ranked.
             chunk_seconds: Minimum duration of a chunk, see `AudioLM.stream`.
             rank_seconds: Duration of the part of a candidate that is ranked, counted from the end of the audio prompt;
                 the codec's look-ahead shortens it. MuLaN ranks longer parts more reliably.

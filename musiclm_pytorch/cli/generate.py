@@ -66,7 +66,7 @@ class Generate(ModelOptions):
     seconds: float | None = None
     """Length in seconds, rounded up to whole frames. By default 5, or with --story 5 after the last start."""
     num_samples: int | None = None
-    """Number of candidates of a MusicLM; default: 4."""
+    """Number of candidates of a MusicLM; default: 4, or 1 with --stream and without --rank-seconds."""
     seed: int = 0
     """Candidate i is sampled with seed + i. The same command generates the same music."""
     device: str = "auto"
@@ -79,10 +79,10 @@ class Generate(ModelOptions):
     """File to write (.wav, .flac or .ogg; with --stream .wav or .raw, or - for standard output). A missing folder is
     created. Without --stream, the comment field of the file has the text, the model and the seed."""
     stream: bool = False
-    """Write 16-bit samples while the music is generated. MuLaN then ranks about the first --rank-seconds of each
-    candidate, and only the best candidate is continued; samples outside -1..1 are clipped."""
+    """Write 16-bit samples while the music is generated. If there are several candidates, MuLaN ranks about the first
+    --rank-seconds of each, and only the best one is continued; samples outside -1..1 are clipped."""
     rank_seconds: float | None = None
-    """With --stream: length of the first part that is ranked; default: 3. --num-samples 1 starts without ranking."""
+    """With --stream and several candidates: length of the first part that is ranked; default: 3."""
     raw: bool = False
     """With --stream: write no WAV header, only little-endian samples. A file that ends in .raw never has a header."""
     watermark: str | None = None
@@ -164,7 +164,7 @@ class Generate(ModelOptions):
         return {
             "text": story,
             "negative_text": self.negative,
-            "num_samples": self.num_samples or _NUM_SAMPLES,
+            "num_samples": self.num_samples or (1 if self.stream and self.rank_seconds is None else _NUM_SAMPLES),
             "seconds": self._seconds,
             "seed": self.seed,
             "prime_wave": self.continue_from,

@@ -60,7 +60,7 @@ def test_only_the_best_first_part_is_continued(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(MusicLM, "scores", scores)
     monkeypatch.setattr(type(musiclm.audio_lm), "stream", recorded)
     primes = [torch.rand(80), torch.rand(320)]
-    chunks = musiclm.stream(TEXTS, seeds=[7, 3, 9, 4], seconds=1.0, rank_seconds=0.2, prime_wave=primes)
+    chunks = musiclm.stream(TEXTS, seeds=[7, 3, 9, 4], num_samples=4, seconds=1.0, rank_seconds=0.2, prime_wave=primes)
     first = next(chunks)
     assert [(texts, shape) for texts, shape, _ in scored] == [([TEXTS[0]], (1, 4, 240)), ([TEXTS[1]], (1, 4, 480))]
     assert all(peak <= 0.99 for *_, peak in scored)
@@ -78,16 +78,18 @@ def test_a_first_part_of_the_whole_length_is_the_whole_music(monkeypatch: pytest
     monkeypatch.setattr(
         type(musiclm.audio_lm), "stream", lambda self, *rest, **named: streams.append(1) or stream(self, *rest, **named)
     )
-    chunks = list(musiclm.stream(TEXTS[0], seconds=0.3, rank_seconds=9.0, chunk_seconds=float("inf"), seed=1))
+    request = {"num_samples": 4, "seconds": 0.3, "seed": 1}
+    chunks = list(musiclm.stream(TEXTS[0], rank_seconds=9.0, chunk_seconds=float("inf"), **request))
     assert len(chunks) == len(streams) == 1 and chunks[0].wave.shape == (1, 240)
-    best = musiclm(TEXTS[0], seconds=0.3, seed=1)
+    best = musiclm(TEXTS[0], **request)
     torch.testing.assert_close(peak_safe(chunks[0].wave), best, atol=1e-5, rtol=1e-5)
 
 
 def peak_of(musiclm: MusicLM, seconds: float) -> int:
     """Largest memory in bytes while a stream is read and its chunks are dropped."""
     with AliveTensors([*musiclm.parameters(), *musiclm.buffers()]) as alive:
-        for _ in musiclm.stream(TEXTS[0], seconds=seconds, seed=0, chunk_seconds=0.16, rank_seconds=0.16):
+        lengths = {"seconds": seconds, "chunk_seconds": 0.16, "rank_seconds": 0.16}
+        for _ in musiclm.stream(TEXTS[0], num_samples=4, seed=0, **lengths):
             pass
     return alive.peak_bytes
 

@@ -103,7 +103,6 @@ def key_metrics(name: str, waves: Tensor, sample_hz: int, part_seconds: float = 
     return values
 
 
-@typed
 def seams_of(model: "MusicLM", seconds: float) -> dict[str, list[float]]:
     """Times in seconds at which a window of each stage continues the window before it."""
     codec, semantic = model.audio_lm.codec, model.audio_lm.wav2vec

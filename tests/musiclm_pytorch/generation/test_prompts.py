@@ -84,6 +84,29 @@ def test_weights_move_a_mixture_from_one_part_to_the_other(musiclm: MusicLM) -> 
     torch.testing.assert_close(similarities[4, 0], similarities[4, 1])
 
 
+@torch.no_grad()
+def test_every_code_of_a_mixture_is_the_code_of_a_part(musiclm: MusicLM) -> None:
+    """The one that is nearest to what the levels before leave of the mixture; equals a naive loop."""
+    quantizer = musiclm.mulan_embed_quantizer
+    parts, books = quantizer.codes(texts=[LOW, HIGH]), quantizer.codebooks.float()
+    vectors = quantizer.centred(quantizer.mulan.get_text_latents([LOW, HIGH]), "text")
+
+    def vector_of(codes: Tensor) -> Tensor:
+        return sum((book[code] for book, code in zip(books, codes)), torch.zeros(()))
+
+    for weight in (0.1, 0.5, 0.8):
+        codes = codes_of(musiclm, Mixture([(LOW, 1 - weight), (HIGH, weight)]))
+        assert (codes == parts).any(dim=0).all()
+        mean = (1 - weight) * vectors[0] + weight * vectors[1]
+        mean = mean * ((1 - weight) * vectors[0].norm() + weight * vectors[1].norm()) / mean.norm()
+        residual = mean
+        for book, options, code in zip(books, parts.T, codes):
+            distances = [float((residual - book[option]).norm()) for option in options]
+            assert code == options[distances.index(min(distances))]
+            residual = residual - book[code]
+        torch.testing.assert_close(mean - residual, vector_of(codes))
+
+
 def test_a_story_of_one_entry_is_the_plain_call(musiclm: MusicLM) -> None:
     """Also among other prompts in one batch, and in its scores."""
     plain = musiclm([LOW, HIGH], return_all=True, **REQUEST)
