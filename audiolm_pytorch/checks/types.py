@@ -3,7 +3,7 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -19,6 +19,15 @@ Target = TypeVar("Target", bound=Callable[..., Any])
 class _WrongTypeError(TypeError):
     """An argument of another type than annotated, with beartype's message."""
 
+
+class _TooLargeError(ValueError):
+    """An argument with which an object does not fit into memory."""
+
+
+# Types of arguments in which NaN and infinity are looked for. Lists of other objects cost little.
+_SCANNED = (float, int, np.float64, np.float32, np.float16, list, tuple)
+# Seeds, the largest numbers with a use, are smaller.
+_TOO_LARGE = 2**64
 
 _beartype = beartype(
     conf=BeartypeConf(
@@ -36,7 +45,7 @@ def typed(target: Target) -> Target:
 
     Whole numbers are accepted where `float` is annotated, numpy numbers where Python's are, and lists where tuples are.
     The function receives numpy numbers and lists converted if the annotation needs that. A number that is NaN raises a
-    ValueError.
+    ValueError. So does a number of a constructor that is infinite, or too large to build the object.
     """
     if isinstance(target, type):
         for name, method in list(vars(target).items()):
@@ -45,16 +54,22 @@ def typed(target: Target) -> Target:
         return target
     checked = _beartype(target)
 
+    is_constructor = target.__name__ == "__init__"
+
     @functools.wraps(checked)
     def call(*args: Any, **keywords: Any) -> Any:
-        for value in (*args, *keywords.values()):
-            if isinstance(value, float) and value != value:
-                _refuse_nan(target, inspect.signature(target).bind_partial(*args, **keywords))
         while True:
+            for value in (*args, *keywords.values()):
+                if type(value) in _SCANNED and any(_is_wrong(number, is_constructor) for number in _numbers(value)):
+                    _refuse_number(target, inspect.signature(target).bind_partial(*args, **keywords), is_constructor)
             try:
                 return checked(*args, **keywords)
             except _WrongTypeError as error:
                 violation = str(error)
+            except (RuntimeError, TypeError, OverflowError, MemoryError, _TooLargeError) as error:
+                if not is_constructor or not _is_size_error(error):
+                    raise
+                _refuse_size(target, inspect.signature(target).bind_partial(*args, **keywords), error)
             arguments = inspect.signature(target).bind_partial(*args, **keywords)
             _convert_argument(target, arguments, violation)
             args, keywords = arguments.args, arguments.kwargs
@@ -76,13 +91,55 @@ def unknown_argument(instance: Any, name: str, known: Iterable[str], advice: str
     return TypeError(f"{type(instance).__name__} has no argument {name!r}; use {advice}")
 
 
-def _refuse_nan(target: Callable[..., Any], arguments: inspect.BoundArguments) -> None:
-    """Raise a ValueError that names the arguments that are NaN."""
-    values = dict(arguments.arguments)
-    for rest in [value for value in values.values() if isinstance(value, dict)]:  # of **keywords
-        values |= rest
-    names = [name for name, value in values.items() if isinstance(value, float) and value != value]
-    raise ValueError(f"{_name_of(target)}: {', '.join(names)} must be a number, got NaN")
+def _numbers(value: Any) -> Iterator[float]:
+    """Yield a number, or the numbers in a list or tuple, or in lists and tuples in it."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            if type(item) in _SCANNED:
+                yield from _numbers(item)
+    elif isinstance(value, np.floating):
+        yield value.item()
+    elif isinstance(value, int | float):
+        yield value
+
+
+def _is_wrong(number: float, is_constructor: bool) -> bool:
+    """Whether a number is NaN, or in a constructor so large that it is of no use."""
+    return number != number or (is_constructor and abs(number) >= _TOO_LARGE)
+
+
+def _refuse_number(target: Callable[..., Any], arguments: inspect.BoundArguments, is_constructor: bool) -> None:
+    """Raise a ValueError that names the arguments that contain a wrong number."""
+    for name, value in _named_values(arguments):
+        if wrong := [number for number in _numbers(value) if _is_wrong(number, is_constructor)]:
+            if wrong[0] != wrong[0]:
+                raise ValueError(f"{_name_of(target)}: {name} must be a number, got NaN")
+            shown = f"{wrong[0]:g}" if abs(wrong[0]) < 1e300 else "infinity"
+            raise ValueError(f"{_name_of(target)}: {name} must be a finite number below 2**64, got {shown}")
+
+
+def _is_size_error(error: Exception) -> bool:
+    is_known = isinstance(error, MemoryError | OverflowError | _TooLargeError)
+    return is_known or re.search("memory|[Oo]verflow|too large", str(error)) is not None
+
+
+def _refuse_size(target: Callable[..., Any], arguments: inspect.BoundArguments, error: Exception) -> None:
+    """Raise a ValueError with the largest argument of an object that does not fit into memory."""
+    sizes = [(abs(number), name) for name, value in _named_values(arguments) for number in _numbers(value)]
+    if not sizes:
+        raise error
+    size, name = max(sizes)
+    raise _TooLargeError(
+        f"{_name_of(target)}: {name}={size:g} is too large, the weights do not fit into memory; use smaller sizes"
+    ) from error
+
+
+def _named_values(arguments: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
+    for name, value in arguments.arguments.items():
+        if arguments.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            yield from value.items()
+        else:
+            yield name, value
 
 
 def _name_of(target: Callable[..., Any]) -> str:

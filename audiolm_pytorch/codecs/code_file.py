@@ -13,14 +13,15 @@ from torch import Tensor
 from audiolm_pytorch.audio.resample import resampled_length
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.saving.files import check_seal, check_version, open_weights, read_weights, write_weights
+from audiolm_pytorch.saving.files import check_seal, check_version, read_weights, write_weights
 
-__all__ = ["CodesCompressor", "CodesInfo", "StoredCodes", "is_code_file", "read_codes", "write_codes"]
+__all__ = ["CODES_MARKS", "CodesCompressor", "CodesInfo", "StoredCodes", "read_codes", "write_codes"]
 
 _SUFFIX = ".safetensors"
 _FORMAT_VERSION = 1
 _MAX_INTEGER = 2**53  # exact also as a float
-_CODES, _SCALES, _HEADER, _COMPRESSION = "codes", "scales", "audio_codes", "compression"
+_CODES, _SCALES, _COMPRESSION = "codes", "scales", "compression"
+CODES_MARKS = (_HEADER,) = ("audio_codes",)
 
 
 @dataclass(frozen=True)
@@ -153,16 +154,6 @@ def write_codes(path: str | Path, stored: StoredCodes, compressor: CodesCompress
         tensors[_SCALES] = stored.scales
     write_weights(path, tensors, metadata, sealed=True)
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-@typed
-def is_code_file(path: str | Path) -> bool:
-    """Whether a file has the header of a file that `write_codes` wrote."""
-    try:
-        with open_weights(path) as file:
-            return _HEADER in file.metadata
-    except ValueError:
-        return False
 
 
 @typed

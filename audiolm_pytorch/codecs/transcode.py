@@ -8,17 +8,17 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.resample import StreamingResampler
-from audiolm_pytorch.audio.stream import AudioSource, AudioWriter, open_sound
+from audiolm_pytorch.audio.stream import AudioSource, AudioWriter
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec, EncodedWave, StreamingCodec
 from audiolm_pytorch.codecs.code_file import CodesInfo, StoredCodes
 from audiolm_pytorch.codecs.streaming import DecoderStream
 from audiolm_pytorch.nn.module_state import device_of
 
-__all__ = ["FileCodec", "is_decoded_file"]
+__all__ = ["SOUND_MARKS", "FileCodec"]
 
 _FRAMES_PER_CHUNK = 500
-_COMMENT = "decoded by audiolm_pytorch"
+SOUND_MARKS = (_COMMENT,) = ("decoded by audiolm_pytorch",)
 
 
 class FileCodec:
@@ -113,16 +113,6 @@ class FileCodec:
             wave = chunk[0, :, :num_samples].float().cpu()
             num_samples -= wave.shape[-1]
             yield wave
-
-
-@typed
-def is_decoded_file(path: str | Path) -> bool:
-    """Whether a file is a sound that `FileCodec.decode` wrote, as its comment says."""
-    try:
-        with open_sound(Path(path)) as file:
-            return bool(file.comment == _COMMENT)
-    except ValueError:
-        return False
 
 
 def _decode_chunks(stream: DecoderStream, codes: Tensor) -> Iterator[Tensor]:

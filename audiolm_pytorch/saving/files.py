@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from audiolm_pytorch.saving.text import one_line
 
 __all__ = [
     "check_digest",
-    "check_overwrite",
     "check_seal",
     "check_version",
     "differences",
@@ -244,26 +243,6 @@ def open_weights(path: str | Path) -> Iterator[WeightsFile]:
             yield WeightsFile(opened)
     except (SafetensorError, OSError, KeyError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {one_line(error)}") from error
-
-
-@typed
-def check_overwrite(main: Path, keys: Sequence[str], others: Iterable[Path] = ()) -> None:
-    """Raise a ValueError if the file `main`, or a file of `others` that is written after it, is of somebody else.
-
-    A file `main` of this library is a JSON dict with "format_version" and `keys`; then the `others` are of this library
-    too. A seal is not checked, and may have been removed.
-    """
-    taken = [path for path in others if path.exists()]
-    if main.exists():
-        try:
-            content = json.loads(main.read_bytes())
-        except (OSError, ValueError, RecursionError):
-            content = None
-        taken = [] if isinstance(content, dict) and {"format_version", *keys} <= content.keys() else [main]
-    if taken:
-        raise ValueError(
-            f"{taken[0]} exists, and was not written by this library; move it away, or write to another folder"
-        )
 
 
 @contextmanager

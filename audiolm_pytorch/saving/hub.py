@@ -34,7 +34,7 @@ _PROCESSOR = "processor_config.json"
 # Files that may hold the vocabulary of a tokenizer.
 _VOCABULARIES = ["tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model"]
 # Settings of transformers that do not describe the model, and change from release to release.
-_VOLATILE = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
+_VOLATILE = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "format_version")
 
 
 @dataclass(frozen=True)

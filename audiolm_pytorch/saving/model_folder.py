@@ -14,14 +14,16 @@ import torch
 from torch import nn
 
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.saving.files import check_overwrite, read_versioned, temporary_folder, write_json
+from audiolm_pytorch.saving.files import read_versioned, temporary_folder, write_json
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
-from audiolm_pytorch.saving.modules import load_module, save_module
+from audiolm_pytorch.saving.modules import MODULE_MARKS, load_module, save_module
+from audiolm_pytorch.saving.ownership import check_overwrite
 from audiolm_pytorch.saving.weights import weights_of
 
-__all__ = ["PART_FILES", "exact_dtype", "load_parts", "read_card", "write_model_folder"]
+__all__ = ["CARD_MARKS", "PART_FILES", "exact_dtype", "load_parts", "read_card", "write_model_folder"]
 
 _FORMAT_VERSION = 1
+CARD_MARKS = ("format_version", "parts")
 PART_FILES = _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -42,9 +44,9 @@ def write_model_folder(
     may be rounded.
     """
     folder = Path(folder)
-    check_overwrite(folder / card, ("parts",))
+    check_overwrite(folder / card, CARD_MARKS)
     for part in parts:
-        check_overwrite(folder / part / _CONFIG, ("class", "config"), [folder / part / _WEIGHTS])
+        check_overwrite(folder / part / _CONFIG, MODULE_MARKS, [folder / part / _WEIGHTS])
     # `_swap` moves the config of a part away after its weights, so that weights without a config are not of a model.
     files = [card, *(f"{part}/{file}" for part in parts for file in (_WEIGHTS, _CONFIG))]
     with temporary_folder(folder) as stage:

@@ -17,7 +17,6 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.construction import build_within
 from audiolm_pytorch.saving.files import (
     check_digest,
-    check_overwrite,
     digest_of_file,
     open_weights,
     read_json,
@@ -27,6 +26,7 @@ from audiolm_pytorch.saving.files import (
     write_json,
 )
 from audiolm_pytorch.saving.lazy_exports import import_exports
+from audiolm_pytorch.saving.ownership import check_overwrite
 from audiolm_pytorch.saving.sharing import SharedModel
 from audiolm_pytorch.saving.text import joined_lines, one_line
 from audiolm_pytorch.saving.weights import check_weights, load_weights, weights_of
@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 _FORMAT_VERSION = 1
+MODULE_MARKS = ("format_version", "class", "config")
 _WEIGHTS_FILE = "model.safetensors"
 _CONFIG_FILE = "config.json"
 _RESERVED_KEYS = ("format_version", "class", "config", "weights_sha256", "sha256")
@@ -148,7 +149,7 @@ def save_module(
     reserved = [key for key in _RESERVED_KEYS if key in extra]
     if reserved:
         raise ValueError(f"entries of `extra` may not be called {reserved}, which are reserved names; rename them")
-    check_overwrite(folder / _CONFIG_FILE, ("class", "config"), [folder / _WEIGHTS_FILE])
+    check_overwrite(folder / _CONFIG_FILE, MODULE_MARKS, [folder / _WEIGHTS_FILE])
     weights = weights_of(module)
     if dtype is not None:
         weights = {name: converted(name, tensor, dtype) for name, tensor in weights.items()}

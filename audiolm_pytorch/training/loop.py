@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 __all__ = ["RUN_FILES", "TrainLoop", "TrainResult"]
 
 # Files and folders by which the folder of a run is recognised.
-RUN_FILES = ("checkpoint", "checkpoint.previous", "checkpoint.new", "finished.json", "kmeans.json")
+RUN_FILES = {
+    **dict.fromkeys(("checkpoint", "checkpoint.previous", "checkpoint.new"), ("step",)),
+    **dict.fromkeys(("finished.json", "kmeans.json"), ("format_version", "run")),
+}
 
 
 class TrainLoop:

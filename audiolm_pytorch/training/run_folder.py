@@ -1,7 +1,6 @@
 """Output folder of a training run: checks that the folder may be used, locks it, and compares the settings of runs."""
 
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -11,54 +10,30 @@ from types import UnionType
 from typing import Any
 
 from audiolm_pytorch.saving.files import differences, read_json
+from audiolm_pytorch.saving.ownership import LOCK_FILE, check_folder_owner, is_leftover
 from audiolm_pytorch.saving.text import logger_named
 
-__all__ = ["changed_settings", "check_own_folder", "claimed_folder", "read_record"]
+__all__ = ["RUN_KIND", "changed_settings", "claimed_folder", "read_record"]
 
-_LOCK_FILE = ".lock"
-# Names of files and folders that a process leaves behind if it is killed in the middle of a write.
-_PARTIAL_NAME = re.compile(r"\.writing-\w+|\..+\.\d+\.partial(\.\w+)?")
-# A JSON file or a safetensors file of a run has one of these texts in its first bytes.
-_OWN_BEGINNINGS, _NUM_BEGIN_BYTES = (b'"format_version"', b'"__metadata__":{"step":'), 2**10
+RUN_KIND = "a run of this kind"
+
 _MAX_SHOWN = 3
 
 logger = logger_named(__name__)
 
 
 @contextmanager
-def claimed_folder(folder: Path, markers: Sequence[str]) -> Iterator[None]:
+def claimed_folder(folder: Path, markers: Mapping[str, Sequence[str]]) -> Iterator[None]:
     """Lock an output folder for this process, create it if it is missing, and remove partial files of killed processes.
 
-    `markers` are names of files and folders that only a run of the same kind writes; see `check_own_folder`. If another
-    process or another trainer of this process has locked the folder, a ValueError is raised.
+    `markers` are files and folders of a run of this kind (see `check_folder_owner`). If another process or another
+    trainer of this process has locked the folder, a ValueError is raised.
     """
-    check_own_folder(folder, markers)
+    check_folder_owner(folder, markers, RUN_KIND)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         _remove_partial_files(folder)
         yield
-
-
-def check_own_folder(folder: Path, markers: Sequence[str]) -> None:
-    """Raise a ValueError if a folder has files, but none of the `markers` of an earlier run.
-
-    A marker counts only if a run has written it, since files of the user can have the same name.
-    """
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise ValueError(f"{existing} is a file; pass a folder for the results")
-    if not folder.exists():
-        return
-    own = [marker for marker in markers if (folder / marker).exists() and _is_own(folder / marker)]
-    if any((folder / marker).is_file() or any((folder / marker).iterdir()) for marker in own):
-        return
-    foreign = sorted(path.name for path in folder.iterdir() if path.name not in own and not _is_own_name(path.name))
-    if foreign:
-        more = f" and {len(foreign) - _MAX_SHOWN} more" if len(foreign) > _MAX_SHOWN else ""
-        raise ValueError(
-            f"{folder} contains files that do not belong to a run of this kind ({', '.join(foreign[:_MAX_SHOWN])}"
-            f"{more}); pass a new or empty folder, or the folder of the run to continue"
-        )
 
 
 @contextmanager
@@ -69,7 +44,7 @@ def _locked(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    with (folder / _LOCK_FILE).open("a") as file:
+    with (folder / LOCK_FILE).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -81,33 +56,14 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _is_own(path: Path) -> bool:
-    """Return whether a run has written a file, or all files in a folder."""
-    if path.is_dir():
-        return all(_is_own_name(entry.name) or _is_own(entry) for entry in path.iterdir())
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        begin = file.read(_NUM_BEGIN_BYTES)
-    return any(text in begin for text in _OWN_BEGINNINGS)
-
-
-def _is_own_name(name: str) -> bool:
-    return name == _LOCK_FILE or _is_partial(name)
-
-
-def _is_partial(name: str) -> bool:
-    return _PARTIAL_NAME.fullmatch(name) is not None
-
-
 def _remove_partial_files(folder: Path) -> None:
     """Remove partial files below a locked folder, except in folders below it that contain a lock."""
     for place, folders, names in os.walk(folder):
-        for name in [name for name in folders if _is_partial(name)]:
+        for name in [name for name in folders if is_leftover(name)]:
             shutil.rmtree(Path(place, name), ignore_errors=True)
-        folders[:] = [name for name in folders if not _is_partial(name) and not Path(place, name, _LOCK_FILE).exists()]
+        folders[:] = [name for name in folders if not is_leftover(name) and not Path(place, name, LOCK_FILE).exists()]
         for name in names:
-            if _is_partial(name):
+            if is_leftover(name) and name != LOCK_FILE:
                 with suppress(OSError):
                     Path(place, name).unlink()
 

@@ -15,13 +15,14 @@ from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.audio.formats import AUDIO_SUFFIXES, WRITE_SUBTYPES
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.codecs.code_file import CodesCompressor, is_code_file, read_codes, write_codes
-from audiolm_pytorch.codecs.transcode import FileCodec, is_decoded_file
+from audiolm_pytorch.codecs.code_file import CODES_MARKS, CodesCompressor, read_codes, write_codes
+from audiolm_pytorch.codecs.transcode import SOUND_MARKS, FileCodec
 from audiolm_pytorch.data.folder import scan_folder
 from audiolm_pytorch.generation.entropy_coder import EntropyCoder
 from audiolm_pytorch.lm.compatibility import check_compatible
 from audiolm_pytorch.lm.entropy_transformer import EntropyTransformer
 from audiolm_pytorch.saving.files import write_json
+from audiolm_pytorch.saving.ownership import check_overwrite
 from audiolm_pytorch.saving.text import printable
 from musiclm_pytorch.cli.checks import ModelOptions, check_file, check_folder, device_named
 from musiclm_pytorch.evaluation.codec_report import codec_report, rows_table
@@ -137,7 +138,7 @@ def _encode(command: Encode) -> int:
             f"{entropy_coded}, {file_kbps:.2f} kbps as a file"
         )
 
-    return _for_each(pairs, encode, is_code_file)
+    return _for_each(pairs, encode, CODES_MARKS)
 
 
 def _decode(command: Decode) -> int:
@@ -156,7 +157,7 @@ def _decode(command: Decode) -> int:
         sample_hz = stored.info.original_sample_hz if command.original_rate else stored.info.sample_hz
         return f"{stored.seconds:.2f} s at {sample_hz} Hz"
 
-    return _for_each(pairs, decode, is_decoded_file)
+    return _for_each(pairs, decode, SOUND_MARKS)
 
 
 def _evaluate(command: Evaluate) -> int:
@@ -164,6 +165,7 @@ def _evaluate(command: Evaluate) -> int:
         raise ValueError(f"--seconds must be above 0 and finite, got {command.seconds:g}")
     if command.json is not None:
         check_file(command.json, (".json",))
+        check_overwrite(command.json, ("format_version", "settings", "rows"))
     paths = _sounds_in(command.source) if command.source.is_dir() else [command.source]
     codec = command.open_codec()
     sample_hz = codec.target_sample_hz
@@ -239,21 +241,18 @@ def _codes_in(folder: Path) -> list[Path]:
 
 
 def _for_each(
-    pairs: Sequence[tuple[Path, Path | None]], work: Callable[[Path, Path], str], is_own: Callable[[Path], bool]
+    pairs: Sequence[tuple[Path, Path | None]], work: Callable[[Path, Path], str], marks: Sequence[str]
 ) -> int:
     """Call `work` for every pair (input, output), print the returned summaries, and return the exit status.
 
-    An output that exists already is replaced only if `is_own` returns True for it.
+    An output that exists already is replaced only if it has the `marks` of files of this command (see `is_own`).
     """
     num_failed = 0
     for source, target in pairs:
         try:
             if target is None:
                 raise ValueError(f"{source}: another input file has the same output name; rename one of the two files")
-            if target.exists() and not is_own(target):
-                raise ValueError(
-                    f"{target} exists, and was not written by this command; move it away, or write to another place"
-                )
+            check_overwrite(target, marks)
             summary = work(source, target)
         except (ValueError, OSError, RuntimeError) as error:
             _fail(source, error, is_only_file=len(pairs) == 1)

@@ -72,7 +72,8 @@ ConvertCommand = Hubert | VqWav2vec | Annotated[MusicCaps, tyro.conf.subcommand(
 
 def _convert_checkpoint(command: _Checkpoint) -> None:
     from audiolm_pytorch.saving.fingerprint import part_fingerprint
-    from audiolm_pytorch.saving.modules import load_module, save_module
+    from audiolm_pytorch.saving.modules import MODULE_MARKS, load_module, save_module
+    from audiolm_pytorch.saving.ownership import check_folder_owner
     from audiolm_pytorch.semantic.pretrained import FairseqVQWav2Vec, HubertWithKmeans
 
     sources = [command.checkpoint, command.kmeans] if isinstance(command, Hubert) else [command.checkpoint]
@@ -80,10 +81,8 @@ def _convert_checkpoint(command: _Checkpoint) -> None:
         if not source.exists():
             raise ValueError(f"{source}: no such file; download the published checkpoint and pass its path")
     check_folder(command.out)
-    # an interrupted conversion leaves hidden files
-    is_taken = command.out.is_dir() and any(not file.name.startswith(".") for file in command.out.iterdir())
-    if is_taken and not (command.out / "config.json").is_file():
-        raise ValueError(f"--out {command.out} contains other files; pass a new or empty folder")
+    check_folder_owner(command.out, {"config.json": MODULE_MARKS}, "a converted model")
+    is_taken = (command.out / "config.json").is_file()
     tokenizer: HubertWithKmeans | FairseqVQWav2Vec
     if isinstance(command, Hubert):
         tokenizer = HubertWithKmeans(command.checkpoint, command.kmeans, output_layer=command.output_layer)

@@ -37,13 +37,13 @@ class _Evaluation(ModelOptions, ABC):
 
     def execute(self) -> int:
         """Check the seed, evaluate the model and return the exit status 0."""
-        from audiolm_pytorch.saving.files import check_overwrite
+        from audiolm_pytorch.saving.ownership import check_overwrite
 
         check_at_least(self, seed=0)
         check_folder(self.out)
         check_overwrite(
             self.out / _REPORT_FILE,
-            ("settings", "metrics"),
+            ("format_version", "settings", "metrics"),
             [self.out / name for name in (Path(_REPORT_FILE).with_suffix(".md").name, self.plot_file) if name],
         )
         self.evaluate()

@@ -1,6 +1,5 @@
 """The sets of clips and the models of `musiclm evaluate music`."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["Prompt", "generate_clips", "load_real", "measured_sets", "prompts_of", "read_prompts", "write_codec_copies"]
 
 _MANIFEST, _CODEC_COPIES, _GENERATED = "manifest.jsonl", "codec_copies", "generated"
-_CLIP_NAME = re.compile(r"\d{5}\.flac")
 _SECONDS, _NUM_SAMPLES, _TOKENIZER = 5.0, 4, "semantic_16khz"
 
 
@@ -176,17 +174,12 @@ def measured_sets(
 
 def _check_clip_folders(command: "EvaluateMusic") -> None:
     """Check that the folders of new clips have no files of others, and none that the command reads."""
+    from audiolm_pytorch.saving.ownership import check_folder_owner
+
     used = {_CODEC_COPIES: command.codec is not None, _GENERATED: command.model is not None}
     for folder in (command.out / name for name, is_used in used.items() if is_used):
         check_apart(folder, [command.real, command.training, command.labelled, command.captions, *command.generated])
-        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-        # The manifest is written first.
-        strange = [name for name in sorted(names - {_MANIFEST}) if not _CLIP_NAME.fullmatch(name)]
-        others = strange if _MANIFEST in names else sorted(names)
-        if others:
-            raise ValueError(
-                f"{folder / others[0]} was not written by this command; move it away, or name another --out"
-            )
+        check_folder_owner(folder, {_MANIFEST: ("audio", "caption")}, "the clips of this command")
 
 
 def _generated_sources(

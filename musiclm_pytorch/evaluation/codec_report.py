@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -52,7 +53,8 @@ def _row(
     """Average the distances of all clips."""
     if not distances:
         raise ValueError("there are no clips to measure")
-    means = {key: MetricValue.mean(f"{name} / {key}", values) for key, values in zip(_DISTANCES, zip(*distances))}
+    columns = dict(zip(_DISTANCES, np.array(distances).T))
+    means = {key: MetricValue.mean(f"{name} / {key}", values) for key, values in columns.items()}
     return CodecRow(name, len(distances), seconds, **means, kbps=kbps, usage=tuple(usage))
 
 

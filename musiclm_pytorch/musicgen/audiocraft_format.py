@@ -21,6 +21,7 @@ from audiolm_pytorch.conditioning.base import TextEncoder
 from audiolm_pytorch.conditioning.published_text import TextConditioner
 from audiolm_pytorch.saving.files import staged_files
 from audiolm_pytorch.saving.modules import converted
+from audiolm_pytorch.saving.ownership import check_overwrite
 from audiolm_pytorch.saving.torch_checkpoint import TorchCheckpoint
 from musiclm_pytorch.musicgen.chroma import ChromaConditioner
 from musiclm_pytorch.musicgen.parts import (
@@ -31,7 +32,7 @@ from musiclm_pytorch.musicgen.parts import (
     published_codec,
     published_text_encoder,
 )
-from musiclm_pytorch.musicgen.transformers_format import write_text_encoder
+from musiclm_pytorch.musicgen.transformers_format import check_text_encoder_overwrite, write_text_encoder
 from musiclm_pytorch.musicgen.weights import AUDIOCRAFT, codec_weights, lm_weights
 
 __all__ = ["AUDIOCRAFT_FILES", "read_audiocraft", "write_audiocraft"]
@@ -98,6 +99,9 @@ def read_audiocraft(
 
 def write_audiocraft(folder: Path, parts: MusicGenParts, dtype: torch.dtype | None = None) -> None:
     """Write a model that audiocraft can load, and its text encoder in the folder `text_encoder`."""
+    main, other = (folder / name for name in AUDIOCRAFT_FILES)
+    check_overwrite(main, ("format_version",), [other])
+    check_text_encoder_overwrite(folder / _TEXT_FOLDER)
     transformer, codec = parts.transformer, published_codec(parts.codec)
     text_conditioner = published_text_encoder(parts.text_conditioner)
     stream, has_melody = transformer.layout.predicted[0], transformer.melody_frames is not None
@@ -234,7 +238,9 @@ def _resolved(value: Any, root: Mapping[str, Any], depth: int = 0) -> Any:
 def _write(path: Path, weights: Mapping[str, Tensor], settings: Mapping[str, Any], dtype: torch.dtype | None) -> None:
     weights = {name: converted(name, tensor, dtype) for name, tensor in weights.items()}
     text = import_module("yaml").safe_dump(dict(settings), sort_keys=False)
-    torch.save({"best_state": weights, "xp.cfg": text, "version": "1.3.0", "exported": True}, path)
+    # audiocraft ignores the first entry, which marks files that this library wrote.
+    mark = {"format_version": 1}
+    torch.save({**mark, "best_state": weights, "xp.cfg": text, "version": "1.3.0", "exported": True}, path)
 
 
 def _check_fixed(path: Path, settings: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:

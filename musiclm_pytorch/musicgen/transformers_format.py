@@ -1,6 +1,6 @@
 """Read and write a MusicGen in the format of transformers: `config.json` and safetensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.saving.files import read_json, read_weights, save_tensors, staged_files, write_json
 from audiolm_pytorch.saving.hub import LoadedModel, load_tokenizer, model_settings, require_transformers
 from audiolm_pytorch.saving.modules import converted
+from audiolm_pytorch.saving.ownership import check_overwrite
 from audiolm_pytorch.saving.weights import load_weights, weights_of
 from musiclm_pytorch.musicgen.chroma import ChromaConditioner
 from musiclm_pytorch.musicgen.parts import (
@@ -25,10 +26,18 @@ from musiclm_pytorch.musicgen.parts import (
 )
 from musiclm_pytorch.musicgen.weights import TRANSFORMERS, lm_weights
 
-__all__ = ["MODEL_TYPES", "read_transformers", "write_text_encoder", "write_transformers"]
+__all__ = [
+    "MODEL_TYPES",
+    "check_text_encoder_overwrite",
+    "read_transformers",
+    "write_text_encoder",
+    "write_transformers",
+]
 
 MODEL_TYPES = {"musicgen": "MusicgenConfig", "musicgen_melody": "MusicgenMelodyConfig"}
-_INDEX = "model.safetensors.index.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# transformers ignores the entry "format_version" of config.json; it marks files that this library wrote.
+_FORMAT_VERSION = 1
 _DEFAULT_MAX_SECONDS = 30
 # Settings of the decoder that this library supports only with these values.
 _FIXED: dict[str, Any] = {"activation_function": "gelu", "scale_embedding": False, "cross_attention_hidden_size": None}
@@ -85,6 +94,7 @@ def read_transformers(folder: Path, origin: Mapping[str, Any]) -> MusicGenParts:
 
 def write_transformers(folder: Path, parts: MusicGenParts, dtype: torch.dtype | None = None) -> None:
     """Write a model that transformers can load. The model must have a T5 and an EnCodec."""
+    _check_overwrite(folder, ("generation_config.json", "preprocessor_config.json"))
     transformer, codec = parts.transformer, published_codec(parts.codec)
     text_conditioner = published_text_encoder(parts.text_conditioner)
     stream, has_melody = transformer.layout.predicted[0], transformer.melody_frames is not None
@@ -93,6 +103,7 @@ def write_transformers(folder: Path, parts: MusicGenParts, dtype: torch.dtype | 
     name = "MusicgenMelody" if has_melody else "Musicgen"
     tokens = {"pad_token_id": special, "bos_token_id": special}
     config: dict[str, Any] = {
+        "format_version": _FORMAT_VERSION,
         "model_type": kind,
         "architectures": [f"{name}ForConditionalGeneration"],
         "is_encoder_decoder": True,
@@ -129,7 +140,7 @@ def write_transformers(folder: Path, parts: MusicGenParts, dtype: torch.dtype | 
     weights |= {f"text_encoder.{name}": tensor for name, tensor in weights_of(text_conditioner.model).items()}
     weights = {name: converted(name, tensor, dtype) for name, tensor in weights.items()}
     with staged_files(folder) as stage:
-        save_tensors(stage / "model.safetensors", weights, {"format": "pt"})
+        save_tensors(stage / _WEIGHTS, weights, {"format": "pt"})
         write_json(stage / "generation_config.json", generation)
         processor = {"processor_class": f"{name}Processor", "sampling_rate": codec.target_sample_hz}
         write_json(stage / "preprocessor_config.json", {**extractor, **processor})
@@ -139,10 +150,22 @@ def write_transformers(folder: Path, parts: MusicGenParts, dtype: torch.dtype | 
 
 def write_text_encoder(folder: Path, text_conditioner: TextConditioner) -> None:
     """Write a T5 with its tokenizer as a model of transformers, which `TextConditioner` loads."""
+    check_text_encoder_overwrite(folder)
     with staged_files(folder) as stage:
-        save_tensors(stage / "model.safetensors", weights_of(text_conditioner.model), {"format": "pt"})
+        save_tensors(stage / _WEIGHTS, weights_of(text_conditioner.model), {"format": "pt"})
         _write_tokenizer(stage, text_conditioner)
-        write_json(stage / "config.json", model_settings(text_conditioner.model))
+        settings = model_settings(text_conditioner.model)
+        write_json(stage / "config.json", {"format_version": _FORMAT_VERSION, **settings})
+
+
+def check_text_encoder_overwrite(folder: Path) -> None:
+    """Raise a ValueError if a folder contains files that `write_text_encoder` would replace and has not written."""
+    _check_overwrite(folder, ())
+
+
+def _check_overwrite(folder: Path, others: Sequence[str]) -> None:
+    names = (_WEIGHTS, "tokenizer.json", "tokenizer_config.json", *others)
+    check_overwrite(folder / "config.json", ("format_version", "model_type"), [folder / name for name in names])
 
 
 def _write_tokenizer(folder: Path, text_conditioner: TextConditioner) -> None:
@@ -154,7 +177,7 @@ def _write_tokenizer(folder: Path, text_conditioner: TextConditioner) -> None:
 def _read_all(folder: Path) -> dict[str, Tensor]:
     """Read the weights of one file, or of all files that the index names."""
     if not (folder / _INDEX).is_file():
-        return read_weights(folder / "model.safetensors")[0]
+        return read_weights(folder / _WEIGHTS)[0]
     index = read_json(folder / _INDEX)
     names = sorted(set(index["weight_map"].values()))
     if not all(isinstance(name, str) and Path(name).name == name for name in names):

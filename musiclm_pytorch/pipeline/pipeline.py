@@ -24,13 +24,14 @@ from audiolm_pytorch.saving.files import read_weights, write_json
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.model_folder import exact_dtype
 from audiolm_pytorch.saving.modules import load_module, save_module
+from audiolm_pytorch.saving.ownership import check_folder_owner
 from audiolm_pytorch.saving.sharing import card_text, write_card
 from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.saving.weights import load_weights
 from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.training.distributed import create_accelerator
 from audiolm_pytorch.training.rng import seed_rng
-from audiolm_pytorch.training.run_folder import check_own_folder, claimed_folder, read_record
+from audiolm_pytorch.training.run_folder import RUN_KIND, claimed_folder, read_record
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.mulan.captions import aspects_of
 from musiclm_pytorch.musiclm import MusicLM
@@ -115,7 +116,7 @@ class Pipeline:
         self.preset, self.data, self.out, self.seed = preset, Path(data), Path(out), seed
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
-        check_own_folder(self.out, [run_folder.RUN_FILE])
+        check_folder_owner(self.out, run_folder.RUN_MARKS, RUN_KIND)
         self.pretrained = dict(pretrained or {})
         check_pretrained(preset, self.pretrained)
         channels = getattr(self.pretrained.get("codec"), "channels", 1)
@@ -174,7 +175,7 @@ class Pipeline:
         names = self._steps_to_run(step)
         self._check_needs(names)
         is_main = self.accelerator.is_main_process
-        with claimed_folder(self.out, [run_folder.RUN_FILE]) if is_main else nullcontext():
+        with claimed_folder(self.out, run_folder.RUN_MARKS) if is_main else nullcontext():
             self.accelerator.wait_for_everyone()  # before another process writes files that would be removed
             self._check_run_folder()
             for name in names:

@@ -10,10 +10,11 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.files import write_json
 from audiolm_pytorch.training.run_folder import changed_settings, read_record
 
-__all__ = ["RUN_FILE", "check_run_folder", "hash_of"]
+__all__ = ["RUN_FILE", "RUN_MARKS", "check_run_folder", "hash_of"]
 
 _FORMAT_VERSION = 1
 RUN_FILE = "run.json"
+RUN_MARKS = {RUN_FILE: ("format_version", "preset")}
 
 
 @typed

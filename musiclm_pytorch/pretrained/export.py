@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.saving.model_folder import read_card
+from audiolm_pytorch.saving.model_folder import CARD_MARKS
+from audiolm_pytorch.saving.ownership import check_folder_owner
 from audiolm_pytorch.saving.sharing import card_text, write_card
 from audiolm_pytorch.saving.sources import licence_of
 from musiclm_pytorch.musiclm import MusicLM
@@ -27,24 +28,10 @@ def export_musiclm(
     The new card has the licence of the card of `run`.
     """
     folder, out = MusicLM.find(run, allow_noncommercial=allow_noncommercial), Path(out)
-    if out.exists() and not _may_be_replaced(out):
-        raise ValueError(f"{out} contains files that do not belong to a model; pass a new or empty folder")
+    check_folder_owner(out, {CARD: CARD_MARKS}, "a model")
     card, parts = read_parts(folder)
     card.update({**(settings or {}), "weights": "float16"})
     text = card_text(MusicLM.of_parts(parts, card, folder), licence_of(folder, run))
     about = {key: value for key, value in card.items() if key not in ("format_version", "parts", "bundled_parts")}
     files = [*save_parts(out, parts, about, torch.float16), write_card(out, text)]
     return sum(file.stat().st_size for file in files)
-
-
-def _may_be_replaced(folder: Path) -> bool:
-    """Whether a folder contains a model, or nothing except files of an interrupted export."""
-    if not folder.is_dir():
-        return False
-    if (folder / CARD).is_file():
-        try:
-            read_card(folder / CARD)
-        except ValueError:
-            return False
-        return True
-    return all(entry.name.startswith(".writing-") for entry in folder.iterdir())

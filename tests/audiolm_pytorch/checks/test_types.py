@@ -102,3 +102,36 @@ def test_checks_leave_the_global_random_generator_alone() -> None:
     for _ in range(20):
         numbers(1, sizes=list(range(100)))
     assert random.getstate() == state
+
+
+@pytest.mark.parametrize("wrong", [float("inf"), -float("inf"), 1e30, 10**400, float("nan"), np.float32("inf")])
+def test_constructors_name_numbers_without_a_use(wrong: Any) -> None:
+    """Infinite, huge and NaN, alone and in lists and tuples; functions accept infinite numbers."""
+
+    class Sized:
+        @typed
+        def __init__(self, size: float = 1, *, pair: Sequence[float | tuple[float, float]] = (), **rest: float) -> None:
+            pass
+
+    for name, value in (("size", wrong), ("pair", [1, wrong]), ("pair", [(1, 2), (3, wrong)]), ("other", wrong)):
+        with pytest.raises(ValueError, match=f"Sized: {name} must be a (finite )?number"):
+            Sized(**{name: value})
+    assert numbers(1, float("inf")) is not None
+
+
+@pytest.mark.parametrize("size", [10**12, 10**18])
+def test_sizes_that_do_not_fit_into_memory_are_named(size: int) -> None:
+    """The message has the argument of the outer constructor, not that of an inner layer."""
+
+    class Inner:
+        @typed
+        def __init__(self, width: int) -> None:
+            self.weight = torch.empty(width, width)
+
+    class Outer:
+        @typed
+        def __init__(self, dim: int, depth: int) -> None:
+            self.inner = Inner(dim * depth)
+
+    with pytest.raises(ValueError, match="Outer: dim=1e.1[28] is too large"):
+        Outer(size, depth=2)

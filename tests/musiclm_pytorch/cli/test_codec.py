@@ -270,8 +270,11 @@ def test_files_of_the_user_are_not_overwritten(musiclm_command, codec, write_ton
         (*decoding, codes, "--out", song.parent),
     ):
         assert musiclm_command(*words) == 2
-        assert "exists, and was not written by this command" in capsys.readouterr().err
+        assert "exists, and was not written by this library" in capsys.readouterr().err
     assert (song.read_bytes(), weights.read_bytes()) == before
+    (tmp_path / "mine.json").write_text('{"format_version": 1}')
+    assert musiclm_command("codec", "evaluate", song, "--codec", codec, "--json", tmp_path / "mine.json") == 2
+    assert "mine.json exists, and was not written by this library" in capsys.readouterr().err
     for suffix in (".wav", ".flac", ".ogg"):
         for _ in range(2):
             assert musiclm_command(*coding, song.parent, "--out", codes) == 0

@@ -124,8 +124,8 @@ CASES = {
     "layer": "99",
     "of another": "no vq-wav2vec",
     "out is a file": "km.bin is a file",
-    "other files": "contains other files; pass a new or empty folder",
-    "other config": "contains a config.json of another model .*; pass a new folder",
+    "other files": "contains files that do not belong to a converted model .notes.txt.; pass a new or empty folder",
+    "other config": "config.json is damaged or does not belong to a converted model",
     "other model": "contains a model with fingerprint .*; pass a new folder",
 }
 

@@ -143,7 +143,7 @@ def test_options_and_folders_are_checked_before_the_work(musiclm_command, tmp_pa
         ("out", ["--captions", "none.jsonl"], "--captions needs --model; add it, or leave out --captions"),
         ("report", [], "metrics.json exists, and was not written by this library"),
         ("plot", [], "metrics.png exists, and was not written by this library"),
-        ("copies", ["--codec", "codec_16khz"], "00000.flac was not written by this command"),
+        ("copies", ["--codec", "codec_16khz"], "do not belong to the clips of this command (00000.flac)"),
         ("inside", ["--codec", "codec_16khz", "--generated", inside], "codec_copies is read, and would be overwritten"),
     ):
         words = ("evaluate", "music", "--real", real, *options, "--metrics", "beat", "--out", tmp_path / out)

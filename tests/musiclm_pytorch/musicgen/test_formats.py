@@ -91,6 +91,27 @@ def test_transformers_loads_saved_models(folders: dict[str, Path], kind: str, tm
     assert processor is None or processor(text=["a harp"])["input_ids"]
 
 
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [
+        *[("transformers", name) for name in ("config.json", "model.safetensors", "tokenizer.json")],
+        *[("audiocraft", name) for name in ("state_dict.bin", "compression_state_dict.bin")],
+        ("audiocraft", "text_encoder/config.json"),
+    ],
+)
+def test_files_of_others_are_not_overwritten(folders: dict[str, Path], format: Any, name: str, tmp_path: Path) -> None:
+    """A file of the user, or a downloaded model, is named before anything is written; a saved model is replaced."""
+    model = MusicGen.from_pretrained(folders["mono"])
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('{"model_type": "mine"}')
+    with pytest.raises(ValueError, match=f"{Path(name).name} exists, and was not written by this library"):
+        model.save_pretrained(tmp_path, format=format)
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == [Path(name).name]
+    (tmp_path / name).unlink()
+    for _ in range(2):
+        model.save_pretrained(tmp_path, format=format)
+
+
 @pytest.mark.slow
 def test_sharded_weights_load(folders: dict[str, Path], tmp_path: Path) -> None:
     """Large models are published in several safetensors files."""

@@ -222,7 +222,7 @@ def test_a_damaged_record_of_a_run_is_named(micro_data, micro_run, tmp_path, fil
     (tmp_path / "run" / file).write_text(content)
     message = f"{file} (must contain a JSON object|is not a JSON file)"
     if file == "run.json":
-        message = "files that do not belong to a run of this kind"
+        message = "run.json is damaged or does not belong to a run of this kind; restore the file"
     with pytest.raises(ValueError, match=message):
         list(Pipeline(MICRO, data=micro_data, out=tmp_path / "run").run("codec"))
 
