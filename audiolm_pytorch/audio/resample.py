@@ -106,6 +106,7 @@ class StreamingResampler:
         check_channels(channels)
         self.from_hz, self.to_hz, self.channels = from_hz, to_hz, channels
         self.num_received = self.num_returned = 0
+        self._is_finished = False
         self._stream: Any = None
         if from_hz != to_hz:
             self._stream = soxr.ResampleStream(from_hz, to_hz, channels, dtype="float32", quality=_QUALITY)
@@ -113,6 +114,8 @@ class StreamingResampler:
     @typed
     def push(self, wave: Tensor) -> Tensor:
         """Resample a chunk `[c, n]`; return the samples `[c, m]` that do not depend on later chunks (m can be 0)."""
+        if self._is_finished:
+            raise ValueError("the wave is finished; create another StreamingResampler for another wave")
         check_samples(wave)
         if wave.ndim != 2 or len(wave) != self.channels:
             raise ValueError(f"wave must be [{self.channels}, n], got shape {list(wave.shape)}")
@@ -123,7 +126,8 @@ class StreamingResampler:
         return output
 
     def finish(self) -> Tensor:
-        """Return the remaining samples `[c, n]` after the last chunk; `push` must not be called afterwards."""
+        """Return the remaining samples `[c, n]` after the last chunk; a later call of `push` raises a ValueError."""
+        self._is_finished = True
         remaining = resampled_length(self.num_received, self.from_hz, self.to_hz) - self.num_returned
         if self._stream is None or remaining <= 0:
             return torch.zeros(self.channels, 0)

@@ -223,6 +223,15 @@ class AudioWriter:
     def _disk_error(self, reason: str) -> OSError:
         return OSError(f"{self.path}: the file cannot be written ({reason}); check the free space of the disk")
 
+    def _is_disk_full(self) -> bool:
+        """Whether a block cannot be written: libsndfile reports other errors if the disk has no room for a header."""
+        try:
+            with self._partial.open("ab") as file:
+                file.write(bytes(2**12))
+        except OSError:
+            return True
+        return False
+
     @contextmanager
     def _errors(self) -> Iterator[None]:
         """Convert errors of libsndfile into errors that name the path: OSErrors of the disk, else ValueErrors."""
@@ -231,7 +240,7 @@ class AudioWriter:
         except OSError as error:
             raise OSError(error.errno, f"{self.path}: the file cannot be written ({error.strerror})") from error
         except soundfile.LibsndfileError as error:
-            if error.code == _SYSTEM_ERROR:
+            if error.code == _SYSTEM_ERROR or self._is_disk_full():
                 raise self._disk_error("the system refused a write") from error
             shape = f"{self.channels} channels at {self.sample_hz} Hz"
             raise ValueError(f"{self.path}: the file cannot be written ({shape}: {error.error_string})") from error

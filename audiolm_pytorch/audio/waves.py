@@ -19,6 +19,7 @@ __all__ = [
     "check_samples",
     "checked_wave",
     "mono_waves",
+    "split_batch",
     "with_channels",
 ]
 
@@ -108,6 +109,13 @@ def mono_waves(
 ) -> Tensor:
     """Check a mono wave as `checked_wave` does, and return it as `[b, n]`."""
     return rearrange(checked_wave(wave, lengths=lengths, device=device, name=name), "b 1 n -> b n")
+
+
+def split_batch(waves: Tensor, name: str = "wave") -> list[Tensor]:
+    """Return the waves of the items of `waves [n]` (one item), `[b, n]` or `[b, c, n]`."""
+    if waves.ndim not in (1, 2, 3):
+        raise ValueError(f"{name} must be [n], [b, n] or [b, c, n], got shape {list(waves.shape)}")
+    return [waves] if waves.ndim == 1 else list(waves)
 
 
 def with_channels(wave: Tensor, channels: int | None, name: str = "wave") -> Tensor:

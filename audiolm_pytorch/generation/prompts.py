@@ -10,7 +10,7 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.audio.resample import resample
-from audiolm_pytorch.audio.waves import check_samples, with_channels
+from audiolm_pytorch.audio.waves import check_samples, split_batch, with_channels
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.generation.request import GenerationRequest, Prompt
 from audiolm_pytorch.lm.tokenizing import tokenize
@@ -52,7 +52,7 @@ def read_prompts(
     `sample_hz` is the rate of prompts that are tensors, and `lengths [b]` are the unpadded lengths of a padded tensor.
     """
     if isinstance(prompts, Tensor):
-        waves: list[Prompt] = list(prompts.unsqueeze(0) if prompts.ndim == 1 else prompts)
+        waves: list[Prompt] = [*split_batch(prompts, "prime_wave")]
         if lengths is not None:
             if lengths.shape != (len(waves),) or lengths.is_floating_point():
                 raise ValueError(f"prime_lengths must have {len(waves)} integers, one per item, got {lengths}")

@@ -95,8 +95,9 @@ class Decode(_WithCodec):
     """Folder of the entropy model that encoded the sounds, if they were encoded with one."""
     original_rate: bool = False
     """Resample to the rate of the encoded file; default: the codec's rate."""
-    suffix: str = ".wav"
-    """Format of the files in a folder: .wav, .flac or .ogg."""
+    suffix: str | None = None
+    """Format of the files in a folder: .wav (the default), .flac or .ogg. The name --out of a single file has its own.
+    """
 
     def run(self) -> int:
         """Decode the files and return the exit status."""
@@ -142,12 +143,17 @@ def _encode(command: Encode) -> int:
 
 
 def _decode(command: Decode) -> int:
-    if command.suffix not in WRITE_SUBTYPES:
+    suffix = command.suffix or ".wav"
+    if suffix not in WRITE_SUBTYPES:
         raise ValueError(f"--suffix must be one of {', '.join(WRITE_SUBTYPES)}, got {command.suffix}")
+    if command.suffix is not None and not command.source.is_dir() and command.out.suffix.lower() != suffix:
+        raise ValueError(
+            f"--suffix {suffix} is for a folder of files, and --out is the file {command.out}; leave out --suffix, or "
+            f"pass --out {command.out.with_suffix(suffix)}"
+        )
     if command.source.is_dir() and command.source.resolve() == command.out.resolve():
         raise ValueError(f"--out {command.out} is the input folder, where sounds may be overwritten; use another --out")
-    suffixes = (command.suffix, *(suffix for suffix in WRITE_SUBTYPES if suffix != command.suffix))
-    pairs = _pairs(command.source, command.out, _codes_in, suffixes)
+    pairs = _pairs(command.source, command.out, _codes_in, [*dict.fromkeys((suffix, *WRITE_SUBTYPES))])
     file_codec = FileCodec(command.open_codec())
     entropy_coder = command.entropy_coder(command.entropy, file_codec.codec)
 

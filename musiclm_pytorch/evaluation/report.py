@@ -10,6 +10,7 @@ import numpy as np
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.files import staged_files, write_json
+from audiolm_pytorch.saving.text import printable
 
 __all__ = [
     "MetricValue",
@@ -130,6 +131,7 @@ def accuracy_metric(
 @typed
 def aligned_table(cells: Sequence[Sequence[str]]) -> str:
     """Format rows of cells as a Markdown table with aligned columns; the first row is the header."""
+    cells = [[printable(cell) for cell in line] for line in cells]  # such as names of files
     widths = [max(map(len, column)) for column in zip(*cells)]
     head, *lines = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in cells]
     rule = ["-" * width for width in widths]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from audiolm_pytorch.audio.units import check_durations
-from audiolm_pytorch.audio.waves import check_rate
+from audiolm_pytorch.audio.waves import check_rate, split_batch
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.generation.prompts import read_prompt
 from audiolm_pytorch.generation.request import Prompt
@@ -86,7 +86,7 @@ class MusicRequest:
         """Return wave `[c, n]` and rate of every prompt; `sample_hz` is the rate of waves without a rate."""
         hz = self.prompt_sample_hz or sample_hz
         empty = torch.zeros(1, 0), hz
-        prompts = enumerate(_items(self.prompt))
+        prompts = enumerate(_items(self.prompt, "prompt"))
         return [empty if item is None else read_prompt(item, hz, f"prompt {number}") for number, item in prompts]
 
     def melodies(self, sample_hz: int, chroma: ChromaConditioner | None) -> list[Melody | None]:
@@ -95,7 +95,7 @@ class MusicRequest:
         if are_stems and self.melody is not None:
             raise ValueError("got melody and stems; pass only one of them")
         stems = [self.stems] if isinstance(self.stems, Mapping) else list(self.stems or [])
-        items: list[Any] = stems if are_stems else _items(self.melody, may_be_melody=True)
+        items: list[Any] = stems if are_stems else _items(self.melody, "melody", may_be_melody=True)
         if chroma is None:
             if items:
                 raise ValueError("the model has no melody condition; omit melody, or use a model with a melody")
@@ -123,7 +123,7 @@ class MusicRequest:
         return seeds * batch if len(seeds) == 1 else seeds
 
 
-def _items(value: Any, may_be_melody: bool = False) -> list[Any]:
+def _items(value: Any, name: str, may_be_melody: bool = False) -> list[Any]:
     """Split an `AudioInput` or `MelodyInput` into its items; arrays become tensors."""
     if value is None:
         return []
@@ -131,8 +131,7 @@ def _items(value: Any, may_be_melody: bool = False) -> list[Any]:
         return [value]
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
+    waves = split_batch(value, name) if isinstance(value, Tensor) else value
     if may_be_melody and (is_chroma(value) or (len(value) and are_notes(value))):
         return [value]
-    if isinstance(value, Tensor):
-        return [value] if value.ndim == 1 else list(value)
-    return [torch.from_numpy(item) if isinstance(item, np.ndarray) else item for item in value]
+    return [torch.from_numpy(item) if isinstance(item, np.ndarray) else item for item in waves]

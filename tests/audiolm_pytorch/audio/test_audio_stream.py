@@ -143,3 +143,13 @@ def test_file_names_of_the_writer(tmp_path, monkeypatch):
         writer.write(torch.zeros(1, 10))
     with pytest.raises(ValueError, match="the file is complete"):
         writer.write(torch.zeros(1, 10))
+
+
+@pytest.mark.parametrize("to_hz", [8000, 16000])
+def test_a_finished_stream_accepts_no_more(to_hz: int) -> None:
+    """The rest of the wave is returned once; a further chunk would be resampled with old samples."""
+    stream = StreamingResampler(8000, to_hz, channels=1)
+    first = stream.push(torch.rand(1, 800))
+    assert first.shape[1] + stream.finish().shape[1] == 800 * to_hz // 8000 and stream.finish().shape == (1, 0)
+    with pytest.raises(ValueError, match="the wave is finished; create another StreamingResampler"):
+        stream.push(torch.rand(1, 800))

@@ -20,6 +20,7 @@ from audiolm_pytorch.lm.entropy_transformer import EntropyTransformer
 from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.modules import load_module, save_module
 from tests.helpers.bad_input import bad_input, check_bad_input, listing
+from tests.helpers.full_disk import full_disk
 
 
 def saved_codec(folder, seed=0):
@@ -253,6 +254,45 @@ def test_a_failure_keeps_the_old_file(musiclm_command, codec, write_tone, tmp_pa
     assert musiclm_command("codec", "decode", codes, "--out", out, "--codec", codec) == 2
     assert "NaN" in capsys.readouterr().err
     assert out.read_bytes() == old and listing(tmp_path) == before
+
+
+def test_the_suffix_of_a_single_file_is_that_of_its_name(musiclm_command, codec, write_tone, tmp_path, capsys):
+    """An option that contradicts the name of the output is an error, not ignored."""
+    codes = tmp_path / "a.safetensors"
+    assert musiclm_command("codec", "encode", write_tone("a.wav"), "--out", codes, "--codec", codec) == 0
+    words = ("codec", "decode", codes, "--codec", codec, "--suffix", ".flac", "--out")
+    assert musiclm_command(*words, tmp_path / "b.wav") == 2
+    assert "--suffix .flac is for a folder of files" in capsys.readouterr().err and not (tmp_path / "b.wav").exists()
+    assert musiclm_command(*words, tmp_path / "b.flac") == 0
+
+
+def test_printed_paths_have_no_control_characters(musiclm_command, codec, write_tone, tmp_path, capsys):
+    """A file name cannot change the colour of the terminal or imitate another line."""
+    folder = write_tone("in/a\x1b[31m\nwrote b.wav").parent
+    (folder / "c\x1b.wav").write_text("no sound")
+    words = ("--codec", codec, "--out")
+    assert musiclm_command("codec", "encode", folder, *words, tmp_path / "c\nodes") == 2
+    assert musiclm_command("codec", "decode", tmp_path / "c\nodes", *words, tmp_path / "back") == 0
+    report = tmp_path / "x\x1b.json"
+    assert musiclm_command("codec", "evaluate", folder, "--codec", codec, "--json", report) == 2
+    printed = "".join(capsys.readouterr())
+    assert "\x1b" not in printed and r"a\x1b[31m\nwrote b" in printed and r"wrote " in printed
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg"])
+def test_a_disk_without_a_free_byte_is_one_line(musiclm_command, codec, write_tone, tmp_path, capsys, suffix):
+    """Every format reports the disk, and the older file stays."""
+    codes, out = tmp_path / "a.safetensors", tmp_path / f"b{suffix}"
+    assert musiclm_command("codec", "encode", write_tone("a.wav"), "--out", codes, "--codec", codec) == 0
+    assert musiclm_command("codec", "decode", codes, "--codec", codec, "--out", out) == 0
+    before = listing(tmp_path), out.read_bytes()
+    for num_bytes in (0, 20):
+        capsys.readouterr()
+        with full_disk(num_bytes):
+            assert musiclm_command("codec", "decode", codes, "--codec", codec, "--out", out) == 2
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1 and "the file cannot be written" in errors and "Hz" not in errors
+        assert (listing(tmp_path), out.read_bytes()) == before
 
 
 def test_files_of_the_user_are_not_overwritten(musiclm_command, codec, write_tone, tmp_path, capsys):
