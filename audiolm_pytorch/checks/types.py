@@ -44,8 +44,9 @@ def typed(target: Target) -> Target:
     """Decorate a function, or the public methods of a class, to raise a TypeError for arguments of other types.
 
     Whole numbers are accepted where `float` is annotated, numpy numbers where Python's are, and lists where tuples are.
-    The function receives numpy numbers and lists converted if the annotation needs that. A number that is NaN raises a
-    ValueError. So does a number of a constructor that is infinite, or too large to build the object.
+    The function receives numpy numbers and lists converted if the annotation needs that. A number that is NaN, or an
+    empty path, raises a ValueError. So does a number of a constructor that is infinite, or too large to build the
+    object.
     """
     if isinstance(target, type):
         for name, method in list(vars(target).items()):
@@ -62,6 +63,8 @@ def typed(target: Target) -> Target:
             for value in (*args, *keywords.values()):
                 if type(value) in _SCANNED and any(_is_wrong(number, is_constructor) for number in _numbers(value)):
                     _refuse_number(target, inspect.signature(target).bind_partial(*args, **keywords), is_constructor)
+                if type(value) is str and not value:
+                    _refuse_empty_path(inspect.signature(target).bind_partial(*args, **keywords))
             try:
                 return checked(*args, **keywords)
             except _WrongTypeError as error:
@@ -116,6 +119,15 @@ def _refuse_number(target: Callable[..., Any], arguments: inspect.BoundArguments
                 raise ValueError(f"{_name_of(target)}: {name} must be a number, got NaN")
             shown = f"{wrong[0]:g}" if abs(wrong[0]) < 1e300 else "infinity"
             raise ValueError(f"{_name_of(target)}: {name} must be a finite number below 2**64, got {shown}")
+
+
+def _refuse_empty_path(arguments: inspect.BoundArguments) -> None:
+    """Raise a ValueError that names an empty path or device; "" would be the current folder."""
+    for name, value in arguments.arguments.items():
+        hint = inspect.formatannotation(arguments.signature.parameters[name].annotation)
+        if type(value) is str and not value and ("Path" in hint or "device" in hint):
+            advice = "; pass . for the current folder" if "Path" in hint else ""
+            raise ValueError(f"{name} must not be empty{advice}")
 
 
 def _is_size_error(error: Exception) -> bool:

@@ -64,7 +64,9 @@ class PublishedText:
         fewest = tokenizer.num_special_tokens + 1
         if not fewest <= max_tokens <= positions:
             allowed = f"{fewest} or more" if positions == _UNLIMITED else f"in {fewest}..{positions}"
-            raise ValueError(f"max_tokens must be {allowed} for this model, got {max_tokens}")
+            raise ValueError(
+                f"max_tokens (max_seq_len of a text tower) must be {allowed} for this model, got {max_tokens}"
+            )
         self.max_tokens = max_tokens
 
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:

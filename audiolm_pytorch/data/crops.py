@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from audiolm_pytorch.audio.resample import resample, resample_source_span
+from audiolm_pytorch.audio.units import check_durations
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.items import AudioItem
 
@@ -54,9 +55,9 @@ class CropDataset:
         channels: int = 1,
     ) -> None:
         if not items or not rates_hz:
-            raise ValueError("crops need at least one item and one sample rate, got an empty list")
+            raise ValueError(f"items and rates_hz must not be empty, got {len(items)} items and {len(rates_hz)} rates")
         if any(hz < _STARTS_PER_SECOND or hz % _STARTS_PER_SECOND for hz in rates_hz):
-            raise ValueError(f"sample rates must be multiples of {_STARTS_PER_SECOND} Hz, got {list(rates_hz)}")
+            raise ValueError(f"rates_hz must be multiples of {_STARTS_PER_SECOND} Hz, got {list(rates_hz)}")
         is_empty = seconds is not None and seconds * min(rates_hz) <= 0.5
         if seed < 0 or cache_bytes < 0 or channels < 1 or is_empty:
             raise ValueError(
@@ -137,6 +138,7 @@ def crop_seconds(
     data_max_length: int | None, data_max_length_seconds: float | None, sample_hz: int | None
 ) -> float | None:
     """Return the crop length in seconds, from a length in samples or in seconds, or None if no length is passed."""
+    check_durations(data_max_length=data_max_length, data_max_length_seconds=data_max_length_seconds)
     if data_max_length is None:
         return data_max_length_seconds
     if data_max_length_seconds is not None:

@@ -13,6 +13,7 @@ from urllib.request import url2pathname
 from torch.utils.data import Dataset
 
 from audiolm_pytorch.audio.files import decoded_info
+from audiolm_pytorch.audio.waves import check_rate
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.captions import caption_and_labels, manifest_rows, read_sidecar, texts_in
 from audiolm_pytorch.data.folder import scan_folder
@@ -77,6 +78,8 @@ def load_items(
         even if its caption file cannot be read. If no audio file can be used, a ValueError is raised.
     """
     requirements = Requirements(min_seconds, channels)
+    if sample_hz is not None:
+        check_rate(sample_hz)
     if isinstance(source, Dataset):
         return _report(dataset_items(source, sample_hz), [], type(source).__name__, requirements)
     if not isinstance(source, (str, Path)):

@@ -203,6 +203,8 @@ class TokenShards:
         expect_fingerprint: dict[str, Any] | None = None,
         max_open_chunks: int = _MAX_OPEN_CHUNKS,
     ) -> None:
+        if max_open_chunks < 1:
+            raise ValueError(f"max_open_chunks must be at least 1, got {max_open_chunks}")
         self.folder = Path(folder)
         if not (self.folder / _INDEX_NAME).is_file():
             is_begun = (self.folder / _PLAN_NAME).is_file()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.audio.resample import resample
+from audiolm_pytorch.audio.units import check_durations
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.manifest import AudioItem
 from musiclm_pytorch.evaluation.report import MetricValue
@@ -171,6 +172,7 @@ def extract(
 
     `seconds` is the length of the first part of a clip that is used; None = the whole clip.
     """
+    check_durations(seconds=seconds)
     unique = {extractor.name: extractor for extractor in extractors}
     features: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(items) for name in unique}
     for first in range(0, len(items), _CLIPS_PER_BATCH):

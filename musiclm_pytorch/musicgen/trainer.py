@@ -63,6 +63,10 @@ class MusicGenTrainer(StageTrainer):
         seconds = transformer.max_seconds if data_max_length_seconds is None else data_max_length_seconds
         self._frozen: list[Parameter] = []
         if lora_rank is not None:
+            if lora_rank < 1 or lora_scale <= 0:
+                raise ValueError(
+                    f"lora_rank must be at least 1, and lora_scale above 0, got {lora_rank} and {lora_scale}"
+                )
             add_low_rank(transformer, lora_rank, lora_scale)
             text = musicgen.text_conditioner
             self._frozen = [] if text is None else [weight for weight in text.parameters() if weight.requires_grad]

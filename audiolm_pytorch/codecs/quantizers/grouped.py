@@ -30,7 +30,9 @@ class GroupedQuantizer(FrameQuantizer):
         super().__init__()
         sizes = sorted({(part.num_quantizers, part.codebook_size) for part in quantizers})
         if len(sizes) != 1:
-            raise ValueError(f"all groups need the same (num_quantizers, codebook_size), got {sizes or 'no groups'}")
+            raise ValueError(
+                f"quantizers must have equal (num_quantizers, codebook_size), and not be empty, got {sizes or 'none'}"
+            )
         self.quantizers: Any = nn.ModuleList(quantizers)
         self.widths = [part.dim for part in quantizers]
         self.dim = sum(self.widths)

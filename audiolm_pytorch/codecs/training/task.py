@@ -251,10 +251,10 @@ class CodecTask:
         if (discriminators is not None) != (weights.adversarial > 0):
             passed = "no discriminators" if discriminators is None else "discriminators"
             raise ValueError(f"got {passed} and an adversarial weight of {weights.adversarial}; pass both or neither")
-        if min(self.adversarial_start_step, discriminator_lead_steps) < 0:
+        if min(self.adversarial_start_step, discriminator_lead_steps, self.unquantized_steps) < 0:
             raise ValueError(
-                "adversarial_start_step and discriminator_lead_steps must be 0 or more, got "
-                f"{self.adversarial_start_step} and {discriminator_lead_steps}"
+                "adversarial_start_step, discriminator_lead_steps and unquantized_steps must be 0 or more, got "
+                f"{self.adversarial_start_step}, {discriminator_lead_steps} and {self.unquantized_steps}"
             )
         steps_before = self.adversarial_loss_start_step
         if steps_before and not (weights.mel or weights.waveform):

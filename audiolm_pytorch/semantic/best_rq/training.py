@@ -40,6 +40,8 @@ class BestRQTask:
 
     @typed
     def __init__(self, *, model: BestRQ, train: CropDataset, valid: CropDataset, valid_batch_size: int = 16) -> None:
+        if valid_batch_size < 1:
+            raise ValueError(f"valid_batch_size must be at least 1, got {valid_batch_size}")
         self.module = model
         self.phases = (Phase(self.name, (model,), self._loss),)
         self.num_items = len(train)

@@ -9,6 +9,7 @@ from einops import reduce
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.padding import checked_lengths, items_by_length, length_mask
+from audiolm_pytorch.audio.units import check_durations
 from audiolm_pytorch.audio.waves import mono_waves
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.module_state import device_of
@@ -84,6 +85,9 @@ class TransformersEncoder(FrameEncoder):
         allow_noncommercial: bool = False,
     ) -> None:
         super().__init__()
+        check_durations(window_seconds=window_seconds)
+        if context_seconds < 0:
+            raise ValueError(f"context_seconds must be 0 or more, got {context_seconds}")
         hub: dict[str, Any] = dict(
             offline=offline, revision=revision, cache_dir=cache_dir, allow_noncommercial=allow_noncommercial
         )
@@ -93,7 +97,10 @@ class TransformersEncoder(FrameEncoder):
         self.model_type: str = settings.model_type
         depth = len(loaded.model.encoder.layers)  # type: ignore[union-attr,arg-type]
         if layer_count is not None and not 0 <= layer_count <= depth:
-            raise ValueError(f"{loaded.source} has {depth} layers; pass a layer in 0..{depth}, not {layer_count}")
+            raise ValueError(
+                f"layer_count (output_layer of a tokenizer) must be in 0..{depth}, since {loaded.source} has {depth} "
+                f"layers, got {layer_count}"
+            )
         self.model: Any = _first_blocks(loaded.model, depth if layer_count is None else layer_count)
         self.model.requires_grad_(False)
         self.depth, self.dim = len(self.model.encoder.layers), settings.hidden_size
