@@ -27,7 +27,7 @@ class _TooLargeError(ValueError):
 # Types of arguments in which NaN and infinity are looked for. Lists of other objects cost little.
 _SCANNED = (float, int, np.float64, np.float32, np.float16, list, tuple)
 # Seeds, the largest numbers with a use, are smaller.
-_TOO_LARGE = 2**64
+_TOO_LARGE, _INFINITE = 2**64, (float("inf"), -float("inf"))
 
 _beartype = beartype(
     conf=BeartypeConf(
@@ -44,9 +44,9 @@ def typed(target: Target) -> Target:
     """Decorate a function, or the public methods of a class, to raise a TypeError for arguments of other types.
 
     Whole numbers are accepted where `float` is annotated, numpy numbers where Python's are, and lists where tuples are.
-    The function receives numpy numbers and lists converted if the annotation needs that. A number that is NaN, or an
-    empty path, raises a ValueError. So does a number of a constructor that is infinite, or too large to build the
-    object.
+    The function receives numpy numbers and lists converted if the annotation needs that. A number that is NaN or
+    2^64 or more raises a ValueError, as an empty path does. So does a number of a constructor that is infinite, or with
+    which the object does not fit into memory.
     """
     if isinstance(target, type):
         for name, method in list(vars(target).items()):
@@ -107,8 +107,8 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def _is_wrong(number: float, is_constructor: bool) -> bool:
-    """Whether a number is NaN, or in a constructor so large that it is of no use."""
-    return number != number or (is_constructor and abs(number) >= _TOO_LARGE)
+    """Whether a number is NaN, so large that it is of no use, or infinite in a constructor."""
+    return number != number or (abs(number) >= _TOO_LARGE and (is_constructor or number not in _INFINITE))
 
 
 def _refuse_number(target: Callable[..., Any], arguments: inspect.BoundArguments, is_constructor: bool) -> None:

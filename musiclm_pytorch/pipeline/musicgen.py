@@ -28,7 +28,7 @@ from musiclm_pytorch.musicgen.musicgen import MusicGen
 from musiclm_pytorch.musicgen.text_tower import TextTowerEncoder
 from musiclm_pytorch.musicgen.trainer import MusicGenTrainer
 from musiclm_pytorch.pipeline.musicgen_presets import MusicGenPreset
-from musiclm_pytorch.pipeline.run_folder import RUN_FILE, check_run_folder
+from musiclm_pytorch.pipeline.run_folder import RUN_MARKS, check_run_folder
 from musiclm_pytorch.pipeline.token_shards import compute_music_tokens
 from musiclm_pytorch.pipeline.trainers import loop_settings
 
@@ -119,7 +119,7 @@ def musicgen_trainer(
         "chroma": model.chroma,
         "accelerator": accelerator,
     }
-    with claimed_folder(out, [RUN_FILE]) if accelerator.is_main_process else nullcontext():
+    with claimed_folder(out, RUN_MARKS) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
         facts = {"preset": asdict(preset), "seed": seed, "data": items_digest([*items[0], *items[1]])}
         check_run_folder(out, facts, write=accelerator.is_main_process, allow_changed=allow_changed)
