@@ -93,7 +93,7 @@ def test_new_model_generates_and_continues_bit_for_bit(
 
 @pytest.mark.slow
 def test_fine_tuning(train, tmp_path: Path, capsys) -> None:
-    """A model is continued with all weights, with low-rank updates, as a stereo model, and with mixed clips."""
+    """Complaint: fine-tuning command breaks. All weights, low-rank updates, stereo, mixed clips, and wrong options."""
     assert train("base") == 0
     base = weights(tmp_path / "base")
     assert train("full", "--from", tmp_path / "base", codec=False) == 0
