@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from audiolm_pytorch.saving.modules import load_module as load_module, save_module as save_module
     from audiolm_pytorch.semantic.base import FrameEncoder as FrameEncoder, SemanticTokenizer as SemanticTokenizer
     from musiclm_pytorch.generation.prompts import Mixture as Mixture
+    from musiclm_pytorch.melody.embedder import MelodyEmbedder as MelodyEmbedder
+    from musiclm_pytorch.melody.trainer import MelodyTrainer as MelodyTrainer
     from musiclm_pytorch.mulan import (
         AudioSpectrogramTransformer as AudioSpectrogramTransformer,
         ClapMuLaN as ClapMuLaN,

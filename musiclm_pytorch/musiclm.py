@@ -11,11 +11,12 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.files import peak_safe
-from audiolm_pytorch.audio.waves import check_dtype
+from audiolm_pytorch.audio.waves import check_dtype, check_rate
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.checks.tracing import not_compiled
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.conditioning.base import ConditionTensor
+from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor
+from audiolm_pytorch.generation.prompts import read_prompts
 from audiolm_pytorch.generation.request import ConditionChange, GeneratedAudio, GenerationRequest, Prompt
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.compatibility import check_compatible
@@ -26,6 +27,7 @@ from audiolm_pytorch.saving.sharing import SharedModel
 from audiolm_pytorch.saving.text import joined_lines
 from musiclm_pytorch.generation.candidates import Candidates, MusicChunk, ranked, score_candidates, seeds_of_candidates
 from musiclm_pytorch.generation.prompts import Mixture, MusicPrompt, embed_prompts, prompts_of, stories_of
+from musiclm_pytorch.melody.embedder import MelodyEmbedder
 from musiclm_pytorch.pretrained.parts import CARD, read_parts, save_parts
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
@@ -39,10 +41,11 @@ class MusicLM(SharedModel):
         audio_lm: AudioLM that was trained with codes of `mulan_embed_quantizer`.
         mulan_embed_quantizer: Quantizer of texts, with a namespace for each conditioned stage.
         num_levels: Default number of levels of codes to condition on; None = all levels.
+        melody_embedder: Embedder of melodies that stages with a melody were trained with; None = text alone.
 
     Raises:
-        ValueError: If no stage is conditioned, a conditioned stage has no fitting namespace or was trained
-            with another quantizer, or `num_levels` is out of range.
+        ValueError: If no stage is conditioned, a conditioned stage has no fitting namespace or was trained with another
+            quantizer or melody embedder, or `num_levels` is out of range.
     """
 
     main_file = CARD
@@ -51,7 +54,12 @@ class MusicLM(SharedModel):
 
     @typed
     def __init__(
-        self, *, audio_lm: AudioLM, mulan_embed_quantizer: MuLaNEmbedQuantizer, num_levels: int | None = None
+        self,
+        *,
+        audio_lm: AudioLM,
+        mulan_embed_quantizer: MuLaNEmbedQuantizer,
+        num_levels: int | None = None,
+        melody_embedder: MelodyEmbedder | None = None,
     ) -> None:
         super().__init__()
         widths = {name: stage.cond_dim for name, stage in audio_lm.stages.items()}
@@ -67,7 +75,9 @@ class MusicLM(SharedModel):
             )
         for name in self.conditioned:
             check_compatible(audio_lm.stages[name], audio_conditioner=mulan_embed_quantizer)
-        self.audio_lm = audio_lm
+        self.audio_lm, self.melody_embedder = audio_lm, melody_embedder
+        if melody_embedder is not None:
+            melody_embedder.check_compatible(audio_lm.stages)
         if mulan_embed_quantizer is audio_lm.audio_conditioner:
             # Not registered a second time, so that `state_dict` contains every tensor once.
             object.__setattr__(self, "mulan_embed_quantizer", mulan_embed_quantizer)
@@ -83,6 +93,7 @@ class MusicLM(SharedModel):
             "quantizer": self.mulan_embed_quantizer,
             **audio_lm.stages,
             **({} if audio_lm.text_conditioner is None else {"text_conditioner": audio_lm.text_conditioner}),
+            **({} if self.melody_embedder is None else {"melody": self.melody_embedder}),
         }
         sampling = {name: asdict(settings) for name, settings in audio_lm.sampling.items()}
         save_parts(folder, parts, {"sampling": sampling, "num_levels": self.num_levels}, dtype)
@@ -107,7 +118,12 @@ class MusicLM(SharedModel):
                 text_conditioner=parts.get("text_conditioner"),
                 sampling=card.get("sampling"),
             )
-            return cls(audio_lm=audio_lm, mulan_embed_quantizer=parts["quantizer"], num_levels=card.get("num_levels"))
+            return cls(
+                audio_lm=audio_lm,
+                mulan_embed_quantizer=parts["quantizer"],
+                num_levels=card.get("num_levels"),
+                melody_embedder=parts.get("melody"),
+            )
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"the modules in {source} are not compatible: {joined_lines(error)}") from error
 
@@ -123,6 +139,8 @@ class MusicLM(SharedModel):
         self,
         text: MusicPrompt | Sequence[MusicPrompt],
         *,
+        melody: Prompt | Sequence[Prompt] | None = None,
+        melody_sample_hz: int | None = None,
         negative_text: str | Mixture | Sequence[str | Mixture] | None = None,
         num_samples: int = 4,
         seconds: float = 5.0,
@@ -149,6 +167,9 @@ class MusicLM(SharedModel):
         Args:
             text: A text, a `Mixture`, or a story, a list of pairs of a start in seconds and a text or `Mixture`; or a
                 list of these. A story of MusicLM (sec. 4.4) is one piece of music: `[(0, "a flute"), (15, "a cello")]`.
+            melody: Hummed, whistled or played melody that the music follows, one or one per text; waves or paths of
+                files, as in `prime_wave`. It begins with the music, prompt included; later music is free.
+            melody_sample_hz: Sample rate in Hz of waves in `melody`; None = that of the model.
             negative_text: Text from which guidance leads away, one or one per text; needs a guidance scale above 1.
             num_samples: Number of candidates per text.
             seconds: Length of the music, including an audio prompt that is continued.
@@ -176,6 +197,7 @@ class MusicLM(SharedModel):
                 seconds,
                 num_levels,
                 negative_text,
+                self._melody_conditions(melody, melody_sample_hz),
                 prime_wave=prime_wave,
                 prime_wave_input_sample_hz=prime_wave_input_sample_hz,
                 prime_lengths=prime_lengths,
@@ -200,6 +222,8 @@ class MusicLM(SharedModel):
         self,
         text: MusicPrompt | Sequence[MusicPrompt],
         *,
+        melody: Prompt | Sequence[Prompt] | None = None,
+        melody_sample_hz: int | None = None,
         negative_text: str | Mixture | Sequence[str | Mixture] | None = None,
         num_samples: int = 1,
         seconds: float = 30.0,
@@ -242,6 +266,7 @@ class MusicLM(SharedModel):
                 seconds,
                 num_levels,
                 negative_text,
+                self._melody_conditions(melody, melody_sample_hz),
                 prime_wave=prime_wave,
                 prime_wave_input_sample_hz=prime_wave_input_sample_hz,
                 prime_lengths=prime_lengths,
@@ -303,6 +328,7 @@ class MusicLM(SharedModel):
         seconds: float,
         num_levels: int | None,
         negative_text: str | Mixture | Sequence[str | Mixture] | None,
+        melody: Mapping[str, Conditions] | None = None,
         **inputs: Any,
     ) -> GenerationRequest:
         """Build a request of one item per prompt, conditioned on the codes of the prompts."""
@@ -320,10 +346,11 @@ class MusicLM(SharedModel):
         if negative_text is not None:
             entries = embed_prompts(stories_of(prompts_of(negative_text)), self.mulan_embed_quantizer, self.sample_hz)
             negative = self._conditioning([entry.codes for entry, *_ in entries], levels)
+        first, melody = self._conditioning([story[0].codes for story in stories], levels), melody or {}
         request = GenerationRequest(
             batch_size=len(prompts),
             seconds=seconds,
-            conditioning=self._conditioning([story[0].codes for story in stories], levels),
+            conditioning={name: {**first.get(name, {}), **melody.get(name, {})} for name in {**first, **melody}},
             condition_changes=changes,
             negative_conditioning=negative,
             allow_eos=False,
@@ -334,6 +361,16 @@ class MusicLM(SharedModel):
                 f"inputs must have 1 item, or 1 item per text ({len(prompts)}); got {request.num_items} items"
             )
         return request
+
+    def _melody_conditions(self, melody: Prompt | Sequence[Prompt] | None, sample_hz: int | None) -> dict[str, Any]:
+        """Embed melodies for each stage with a melody."""
+        if melody is None:
+            return {}
+        if self.melody_embedder is None:
+            raise ValueError("the model has no melody embedder; leave out the melody, or use a model with a melody")
+        hz = self.sample_hz if sample_hz is None else check_rate(sample_hz, "melody_sample_hz")
+        waves = read_prompts(melody, hz, name="melody")
+        return self.melody_embedder.conditions(waves, self.audio_lm.stages)
 
     def _conditioning(self, codes: Sequence[Tensor], levels: int) -> dict[str, dict[str, ConditionTensor]]:
         """Embed the first `levels` codes of every item for each stage."""

@@ -39,13 +39,14 @@ ROOMS = {
         "evaluation": "",
         "mulan": "evaluation",
         "quantizer": "mulan",
+        "melody": "mulan quantizer",
         "generation": "mulan quantizer",
-        "musiclm": "generation pretrained quantizer",
+        "musiclm": "generation melody pretrained quantizer",
         "musicgen": "evaluation mulan",
-        "pretrained": "mulan musiclm quantizer",
-        "pipeline": "mulan musicgen musiclm pretrained quantizer",
+        "pretrained": "melody mulan musiclm quantizer",
+        "pipeline": "melody mulan musicgen musiclm pretrained quantizer",
         "cli": "evaluation generation mulan musicgen musiclm pipeline pretrained quantizer",
-        "recipes": "cli evaluation generation mulan musicgen musiclm pipeline pretrained quantizer",
+        "recipes": "cli evaluation generation melody mulan musicgen musiclm pipeline pretrained quantizer",
     },
 }
 

@@ -45,11 +45,12 @@ def acoustic_tokens(waves: Sequence[tuple[Tensor, int]], codec: Codec, device: t
 
 
 def read_prompts(
-    prompts: Prompt | Sequence[Prompt] | None, sample_hz: int, lengths: Tensor | None = None
+    prompts: Prompt | Sequence[Prompt] | None, sample_hz: int, lengths: Tensor | None = None, name: str = "prompt"
 ) -> list[tuple[Tensor, int]]:
     """Return wave `[c, n]` and sample rate in Hz of every prompt.
 
     `sample_hz` is the rate of prompts that are tensors, and `lengths [b]` are the unpadded lengths of a padded tensor.
+    `name` is the name of an item in error messages.
     """
     if isinstance(prompts, Tensor):
         waves: list[Prompt] = [*split_batch(prompts, "prime_wave")]
@@ -65,7 +66,7 @@ def read_prompts(
         )
     else:
         waves = [prompts] if isinstance(prompts, (str, Path)) else list(prompts or [])
-    return [read_prompt(prompt, sample_hz, f"prompt {item}") for item, prompt in enumerate(waves)]
+    return [read_prompt(prompt, sample_hz, f"{name} {item}") for item, prompt in enumerate(waves)]
 
 
 def read_prompt(prompt: Prompt, sample_hz: int, name: str) -> tuple[Tensor, int]:

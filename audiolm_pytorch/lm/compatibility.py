@@ -87,7 +87,8 @@ def agreed_fingerprints(
         kinds: Keys of the fingerprints to compare; None = all fingerprints that the stage uses.
 
     Returns:
-        The known fingerprints by key (`semantic`, `acoustic`, `conditioner`, `text_encoder`, names of extra streams).
+        The known fingerprints by key (`semantic`, `acoustic`, `conditioner`, `text_encoder`, names of extra streams and
+        of further conditions).
     """
     modules = {
         "semantic": wav2vec,

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from audiolm_pytorch.audio.units import frames_inside
 from audiolm_pytorch.checks.types import keep_arguments, typed
+from audiolm_pytorch.conditioning.fuser import ConditionSpec
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.tokens.layout import TokenLayout
@@ -67,7 +68,8 @@ class StageTransformer(TokenTransformer):
         audio_text_condition: Whether the model is conditioned on codes of audio or captions.
         cond_dim: Width of the embeddings of codes; None = `dim`.
         token_fingerprints: Fingerprints, set by the trainer, of the tokenizers (keys `semantic`, `acoustic`), the
-            `conditioner` and the `text_encoder` of the training; a missing fingerprint is not checked.
+            `conditioner`, the `text_encoder` and the further conditions of the training; a missing fingerprint is not
+            checked.
         **stack: Further arguments of `TokenTransformer`.
     """
 
@@ -150,7 +152,25 @@ class StageTransformer(TokenTransformer):
     def fingerprinted(self) -> tuple[str, ...]:
         """Keys that `token_fingerprints` may have: names of the tokens and condition modules that the stage uses."""
         widths = {"conditioner": self.cond_dim, "text_encoder": self.text_dim}
-        return (*self.kinds, *(kind for kind, width in widths.items() if width is not None))
+        kinds = [kind for kind, width in widths.items() if width is not None]
+        return (*self.kinds, *kinds, *self.further_conditions)
+
+    @typed
+    def with_condition(self, name: str, dim: int, drop_prob: float = 0.0) -> "StageTransformer":
+        """Return a copy of the stage with one more condition of width `dim`, which is added to the tokens.
+
+        Until the copy is trained, its logits equal those of the stage, because the projection of the new condition is
+        zero. Without the condition, the projection has no influence at any time. See `ConditionSpec` for `drop_prob`.
+        """
+        if name in self.fuser.specs:
+            raise ValueError(f"the {self.namespace} transformer already has the condition {name}; train this stage on")
+        spec = ConditionSpec(dim, "sum", "zero", drop_prob=drop_prob, projection="linear")
+        conditions = {**self._config.get("conditions", {}), name: spec.to_dict()}
+        extended = type(self).from_config({**self.config, "conditions": conditions})
+        extended.load_state_dict(self.state_dict(), strict=False)
+        for parameter in extended.fuser.entries[name].parameters():
+            nn.init.zeros_(parameter)
+        return extended.to(self.device).train(self.training)
 
     def packed(self, tokens: AudioTokens, ends: Tensor | None = None) -> PackedTokens:
         """Pack tokens into model inputs. `ends [b]` (bool) marks items whose tokens reach the end of their file."""

@@ -74,7 +74,7 @@ class Generate(ModelOptions):
     continue_from: Path | None = None
     """Audio file to continue, of any sample rate. Its length counts towards --seconds."""
     melody: Path | None = None
-    """Audio file whose melody the music follows, for MusicGen models with a melody."""
+    """Audio file whose melody the music follows, e.g. hummed or whistled, for models with a melody."""
     out: Path = Path("music.wav")
     """File to write (.wav, .flac or .ogg; with --stream .wav or .raw, or - for standard output). A missing folder is
     created. Without --stream, the comment field of the file has the text, the model and the seed."""
@@ -104,8 +104,6 @@ class Generate(ModelOptions):
 
             self._generate_musicgen(MusicGen.from_pretrained(**source, device=device))
             return 0
-        if self.melody is not None:
-            raise ValueError(f"--melody needs a MusicGen model with a melody, {self.model} is none")
         from musiclm_pytorch.musiclm import MusicLM
 
         musiclm = MusicLM.from_pretrained(**source, device=device)
@@ -163,6 +161,7 @@ class Generate(ModelOptions):
         story = [(start, Mixture([(text, 1.0), *parts]) if parts else text) for start, text in self._starts]
         return {
             "text": story,
+            "melody": self.melody,
             "negative_text": self.negative,
             "num_samples": self.num_samples or (1 if self.stream and self.rank_seconds is None else _NUM_SAMPLES),
             "seconds": self._seconds,

@@ -23,7 +23,9 @@ class Train(ModelOptions):
     """
 
     step: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STEP")]
-    """all, or one of: codec, semantic-tokenizer, mulan, quantizer, tokens, semantic, coarse, fine."""
+    """all, or one of: codec, semantic-tokenizer, mulan, quantizer, tokens, semantic, coarse, fine. Optional steps (not
+    in all) add melodies to a trained model: melody, melody-semantic, melody-coarse; they need the label pitch_class
+    (notes) in the manifest."""
     data: Path
     """Folder of audio files, or a folder or file with a JSONL manifest (audio, caption, labels)."""
     out: Path
@@ -49,8 +51,9 @@ class Train(ModelOptions):
 
     def execute(self) -> int:
         """Run the selected steps and print a line for each step."""
-        from musiclm_pytorch.pipeline.pipeline import Pipeline, check_step
+        from musiclm_pytorch.pipeline.pipeline import Pipeline
         from musiclm_pytorch.pipeline.presets import preset_named
+        from musiclm_pytorch.pipeline.steps import check_step
 
         if self.step in ("kmeans", "musicgen"):
             raise ValueError(f"{self.step} must be the first word after train; see musiclm train {self.step} --help")

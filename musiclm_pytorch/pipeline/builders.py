@@ -13,6 +13,7 @@ from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.semantic import BestRQ, BestRQEncoder, KMeansTokenizer, SemanticTokenizer
+from musiclm_pytorch.melody.embedder import MelodyEmbedder
 from musiclm_pytorch.mulan import AudioSpectrogramTransformer, JointEmbedding, MuLaN, TextTransformer
 from musiclm_pytorch.pipeline.presets import Preset
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
@@ -20,6 +21,7 @@ from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 __all__ = [
     "STAGES",
     "build_codec",
+    "build_melody_embedder",
     "build_mulan",
     "build_quantizer",
     "build_semantic_encoder",
@@ -98,6 +100,23 @@ def build_mulan(preset: Preset, captions: Sequence[str]) -> MuLaN:
         **m.sizes, num_tokens=tokenizer.vocab_size, max_seq_len=m.text_max_tokens, tokenizer=tokenizer
     )
     return MuLaN(audio_transformer=audio, text_transformer=text)
+
+
+@typed
+def build_melody_embedder(preset: Preset) -> MelodyEmbedder:
+    """Build a melody embedder with random weights and without codebooks."""
+    m = preset.melody
+    audio = AudioSpectrogramTransformer(
+        **m.sizes,
+        patch_size=m.patch_size,
+        sample_hz=m.sample_hz,
+        num_mels=m.num_mels,
+        spec_n_fft=m.n_fft,
+        spec_win_length=m.n_fft,
+        spec_hop_length=m.hop_length,
+    )
+    codes = {"rq_num_quantizers": m.num_quantizers, "codebook_size": m.codebook_size}
+    return MelodyEmbedder(audio_transformer=audio, dim_latent=m.dim_latent, **codes)
 
 
 @typed

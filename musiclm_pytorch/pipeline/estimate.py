@@ -15,7 +15,8 @@ from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.training.distributed import to_device
 from musiclm_pytorch.pipeline.builders import STAGES, build_codec, build_mulan, build_semantic_tokenizer, build_stage
-from musiclm_pytorch.pipeline.pipeline import STEPS, Pipeline, check_step
+from musiclm_pytorch.pipeline.pipeline import Pipeline
+from musiclm_pytorch.pipeline.steps import MELODY_STEPS, STEPS, check_step
 from musiclm_pytorch.pipeline.trainers import NUM_VALIDATIONS, codec_trainer, mulan_trainer, semantic_tokenizer_trainer
 
 __all__ = ["StepEstimate", "estimate", "estimate_steps"]
@@ -78,6 +79,8 @@ def estimate(pipeline: Pipeline, step: str = "all", device: str | None = None) -
 def estimate_steps(pipeline: Pipeline, step: str = "all", device: str | None = None) -> list[StepEstimate]:
     """Estimate the cost of one pipeline step, or of all steps, from a few timed training steps; no file is written."""
     check_step(step)
+    if step in MELODY_STEPS:
+        raise ValueError(f"there is no estimate for the step {step}; run it without --dry-run")
     if device is not None and device not in DEVICES:
         raise ValueError(f"there is no estimate for the device {device!r}; choose one of: {', '.join(DEVICES)}")
     with preserve_rng():

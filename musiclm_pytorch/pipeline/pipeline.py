@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,8 @@ from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.training.distributed import create_accelerator
 from audiolm_pytorch.training.rng import seed_rng
 from audiolm_pytorch.training.run_folder import RUN_KIND, claimed_folder, read_record
+from musiclm_pytorch.melody.embedder import CONDITION as MELODY, MelodyEmbedder
+from musiclm_pytorch.melody.shards import with_melodies
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.mulan.captions import aspects_of
 from musiclm_pytorch.musiclm import MusicLM
@@ -40,8 +42,15 @@ from musiclm_pytorch.pipeline.builders import STAGES, build_quantizer, build_sta
 from musiclm_pytorch.pipeline.presets import Preset
 from musiclm_pytorch.pipeline.pretrained_parts import PRETRAINED_KINDS, check_pretrained
 from musiclm_pytorch.pipeline.samples import MAX_SAMPLE_SECONDS, write_samples
+from musiclm_pytorch.pipeline.steps import ALL_STEPS, MELODY_STEPS, STEPS, StepReport, check_step
 from musiclm_pytorch.pipeline.token_shards import compute_tokens
-from musiclm_pytorch.pipeline.trainers import codec_trainer, mulan_trainer, semantic_tokenizer_trainer, stage_trainer
+from musiclm_pytorch.pipeline.trainers import (
+    codec_trainer,
+    melody_trainer,
+    mulan_trainer,
+    semantic_tokenizer_trainer,
+    stage_trainer,
+)
 from musiclm_pytorch.pretrained.parts import CARD, PARTS, save_parts
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.quantizer.fit import fit_quantizer
@@ -49,40 +58,12 @@ from musiclm_pytorch.quantizer.fit import fit_quantizer
 if TYPE_CHECKING:
     import accelerate
 
-__all__ = ["STEPS", "Pipeline", "StepReport", "check_step"]
+__all__ = ["Pipeline"]
 
 logger = logger_named(__name__)
 
 # Folders of a step that are removed when its result is complete, beside the saved module of its trainer.
 _TRAINING_FILES = ("checkpoint", "checkpoint.previous", "discriminators", "features", "kmeans", "tokenizer")
-
-# Each step, with the steps whose results it needs.
-STEPS: dict[str, tuple[str, ...]] = {
-    "codec": (),
-    "semantic-tokenizer": (),
-    "mulan": (),
-    "quantizer": ("mulan",),
-    "tokens": ("semantic-tokenizer", "codec", "mulan"),
-    "semantic": ("tokens", "quantizer"),
-    "coarse": ("tokens", "quantizer"),
-    "fine": ("tokens", "quantizer"),
-}
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Name of a finished step, its duration in seconds (including interrupted runs), and a line of metrics."""
-
-    step: str
-    seconds: float
-    summary: str
-
-
-@typed
-def check_step(step: str) -> None:
-    """Check that `step` is "all" or the name of a pipeline step."""
-    if step != "all" and step not in STEPS:
-        raise ValueError(f"there is no step {step!r}; pass all or one of: {', '.join(STEPS)}")
 
 
 class Pipeline:
@@ -166,7 +147,9 @@ class Pipeline:
 
     @typed
     def run(self, step: str = "all", announce: Callable[[str], None] | None = None) -> Iterator[StepReport]:
-        """Run one step, or all steps, and yield a report of each step. Finished steps are not run again.
+        """Run one step, or all steps but those in `MELODY_STEPS`, and yield a report of each step.
+
+        Finished steps are not run again.
 
         Missing tokens and pretrained modules that a step needs are written first. `announce` receives the name of each
         step that starts.
@@ -192,14 +175,16 @@ class Pipeline:
     def _steps_to_run(self, step: str) -> list[str]:
         if step == "all":
             return list(STEPS)
-        names = ["tokens", step] if "tokens" in STEPS[step] else [step]
-        needs = [need for name in names for need in STEPS[name] if need in self.pretrained and not self.is_done(need)]
+        names = ["tokens", step] if "tokens" in ALL_STEPS[step] else [step]
+        needs = [
+            need for name in names for need in ALL_STEPS[name] if need in self.pretrained and not self.is_done(need)
+        ]
         return [*dict.fromkeys(needs), *names]
 
     def _check_needs(self, names: list[str]) -> None:
         """Check, before the first step starts, that every result needed by the steps in `names` exists."""
         for name in names:
-            missing = [need for need in STEPS[name] if need not in names and not self.is_done(need)]
+            missing = [need for need in ALL_STEPS[name] if need not in names and not self.is_done(need)]
             if missing:
                 raise ValueError(
                     f"the step {name} needs the result of {' and '.join(missing)}; "
@@ -218,7 +203,7 @@ class Pipeline:
             metrics: dict[str, Any] = {}
             if step in self.pretrained:
                 self._save(step, self.pretrained[step], frozen=self.pretrained[step])
-            elif step in STAGES:
+            elif step.removeprefix("melody-") in STAGES:
                 metrics = self._train_stage(step)
             elif step == "tokens":
                 self.tokens()
@@ -226,9 +211,9 @@ class Pipeline:
                 metrics = getattr(self, f"_run_{step.replace('-', '_')}")()
         seconds = time.monotonic() - started + metrics.pop("earlier_seconds", 0.0)
         if self.accelerator.is_main_process:
-            report = {"seconds": seconds, "metrics": metrics, "made_from": self._hashes(STEPS[step])}
+            report = {"seconds": seconds, "metrics": metrics, "made_from": self._hashes(ALL_STEPS[step])}
             write_json(self.out / step / "report.json", report, sealed=True)
-            for name in (*_TRAINING_FILES, step):
+            for name in (*_TRAINING_FILES, step.removeprefix("melody-")):
                 shutil.rmtree(self.out / step / name, ignore_errors=True)
         if step in self.pretrained:
             return StepReport(step, seconds, f"pretrained: {type(self.pretrained[step]).__name__}")
@@ -253,8 +238,10 @@ class Pipeline:
         # relative paths: the corpus may be moved
         root = (self.data.parent if self.data.is_file() else self.data).resolve()
         paths = sorted(os.path.relpath(item.path.resolve(), root) for item in [*self.train_items, *self.valid_items])
+        preset = asdict(self.preset)
+        del preset["melody"]  # checked by the trainers, so that finished runs without melodies can be trained on
         facts = {
-            "preset": asdict(self.preset),
+            "preset": preset,
             "seed": self.seed,
             "num_files": len(paths),
             "files": run_folder.hash_of(os.fsencode("\n".join(paths))),
@@ -291,7 +278,11 @@ class Pipeline:
     def _is_up_to_date(self) -> bool:
         """Whether the assembled model was computed from the current results of all steps."""
         card = read_record(self.model_folder / CARD) if self.is_complete else {}
-        return card.get("made_from") == self._hashes(STEPS)
+        return card.get("made_from") == self._hashes(self._steps_of_model())
+
+    def _steps_of_model(self) -> list[str]:
+        """List the steps whose results are in the assembled model; melodies are part of it if all their steps ended."""
+        return [*STEPS, *(MELODY_STEPS if all(self.is_done(step) for step in MELODY_STEPS) else ())]
 
     def _save(self, step: str, module: nn.Module, frozen: nn.Module | None = None) -> None:
         """Save the module of a step as fp16, so that later steps use the weights of the exported model.
@@ -353,20 +344,39 @@ class Pipeline:
         )
         return train, valid
 
-    def _train_stage(self, stage: str) -> dict[str, Any]:
-        tokenizer, codec = self._load("semantic-tokenizer", SemanticTokenizer), self._load("codec", Codec)
-        transformer = build_stage(self.preset, stage, codec=codec, tokenizer=tokenizer)
-        trainer = stage_trainer(
-            self.preset,
-            transformer,
-            stage,
-            audio_conditioner=self._load("quantizer", MuLaNEmbedQuantizer),
-            shards=self.tokens(),
-            **self._loop(stage),
-        )
+    def _run_melody(self) -> dict[str, Any]:
+        trainer = melody_trainer(self.preset, self.items, **self._loop("melody"))
         metrics = self._train(trainer)
-        self._save(stage, transformer)
+        self._save("melody", trainer.task.embedder)
         return metrics
+
+    def _train_stage(self, step: str) -> dict[str, Any]:
+        """Train a stage, or train it on with melodies."""
+        stage, preset, shards = step.removeprefix("melody-"), self.preset, self.tokens()
+        quantizer = self._load("quantizer", MuLaNEmbedQuantizer)
+        if step == stage:
+            tokenizer, codec = self._load("semantic-tokenizer", SemanticTokenizer), self._load("codec", Codec)
+            transformer = build_stage(preset, stage, codec=codec, tokenizer=tokenizer)
+        else:
+            config, embedder = preset.melody, self._load("melody", MelodyEmbedder)
+            preset = replace(preset, **{stage: replace(getattr(preset, stage), run=config.stage_run)})
+            self._load_table(quantizer, stage, stage)
+            transformer = self._load(stage, PARTS[stage]).with_condition(MELODY, embedder.dim_latent, config.drop_prob)
+            options = {"stage": transformer, "seed": self.seed, "accelerator": self.accelerator}
+            train, valid = (
+                with_melodies(tokens, self.out / "melody" / tokens.folder.name, items, embedder, **options)
+                for tokens, items in zip(shards, self.items)
+            )
+            shards = train, valid
+        data = {"shards": shards, "audio_conditioner": quantizer}
+        metrics = self._train(stage_trainer(preset, transformer, stage, **data, **self._loop(step)))
+        self._save(step, transformer)
+        return metrics
+
+    def _load_table(self, quantizer: MuLaNEmbedQuantizer, stage: str, step: str) -> None:
+        """Load the embeddings of conditioning codes that a step has trained for a stage."""
+        file = self.out / step / TABLE_FILE
+        load_weights(quantizer.table(stage), read_weights(file, sealed=True)[0], where=str(file))
 
     def _loop(self, step: str) -> dict[str, Any]:
         shared = dict(accelerator=self.accelerator, seed=self.seed, allow_changed=self.allow_changed)
@@ -385,18 +395,21 @@ class Pipeline:
         """Write the trained modules of all steps as one fp16 model folder, and return the path of the folder."""
         self.accelerator.wait_for_everyone()  # until all processes have found that there is no model
         if self.accelerator.is_main_process:
-            parts = {name: self._load(name.replace("_", "-"), kind) for name, kind in PARTS.items()}
+            steps = self._steps_of_model()
+            trained = {name: f"melody-{name}" if f"melody-{name}" in steps else name for name in PARTS}
+            parts = {name: self._load(trained[name].replace("_", "-"), kind) for name, kind in PARTS.items()}
+            if "melody" in steps:
+                parts["melody"] = self._load("melody", MelodyEmbedder)
             sampling = {}
             for stage in STAGES:
-                file = self.out / stage / TABLE_FILE
-                load_weights(parts["quantizer"].table(stage), read_weights(file, sealed=True)[0], where=str(file))
+                self._load_table(parts["quantizer"], stage, trained[stage])
                 config = getattr(self.preset, stage)
                 sampling[stage] = {"temperature": config.temperature, "guidance_scale": config.guidance_scale}
             about = {"preset": self.preset.name, "seed": self.seed, "sampling": sampling}
             musiclm = MusicLM.of_parts(parts, about, self.out)
             self._write_samples(musiclm)
             card = card_text(musiclm)
-            save_parts(self.model_folder, parts, {**about, "made_from": self._hashes(STEPS)}, dtype=torch.float16)
+            save_parts(self.model_folder, parts, {**about, "made_from": self._hashes(steps)}, dtype=torch.float16)
             write_card(self.model_folder, card)
         self.accelerator.wait_for_everyone()
         return self.model_folder

@@ -8,15 +8,23 @@ from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.trainers import CoarseTransformerTrainer, FineTransformerTrainer, SemanticTransformerTrainer
 from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer
+from musiclm_pytorch.melody.trainer import MelodyTrainer
 from musiclm_pytorch.mulan.captions import CaptionSampler
 from musiclm_pytorch.mulan.trainer import MuLaNTrainer
-from musiclm_pytorch.pipeline.builders import build_codec, build_mulan, build_semantic_encoder, build_semantic_objective
+from musiclm_pytorch.pipeline.builders import (
+    build_codec,
+    build_melody_embedder,
+    build_mulan,
+    build_semantic_encoder,
+    build_semantic_objective,
+)
 from musiclm_pytorch.pipeline.presets import Preset, RunConfig
 
 __all__ = [
     "NUM_VALIDATIONS",
     "codec_trainer",
     "loop_settings",
+    "melody_trainer",
     "mulan_trainer",
     "semantic_tokenizer_trainer",
     "stage_trainer",
@@ -71,6 +79,13 @@ def mulan_trainer(preset: Preset, items: Items, captions: Sequence[str], *, seed
         seed=seed,
         **loop_settings(m.run),
         **loop,
+    )
+
+
+def melody_trainer(preset: Preset, items: Items, **loop: Any) -> MelodyTrainer:
+    """Build an untrained melody embedder and its trainer."""
+    return MelodyTrainer(
+        embedder=build_melody_embedder(preset), items=items, **loop_settings(preset.melody.run), **loop
     )
 
 

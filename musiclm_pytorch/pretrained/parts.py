@@ -21,6 +21,7 @@ from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, Semant
 from audiolm_pytorch.saving.model_folder import load_parts, read_card, write_model_folder
 from audiolm_pytorch.saving.sources import bundled_models
 from audiolm_pytorch.semantic.base import SemanticTokenizer
+from musiclm_pytorch.melody.embedder import MelodyEmbedder
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
 __all__ = ["CARD", "PARTS", "read_parts", "save_parts"]
@@ -35,12 +36,12 @@ PARTS: dict[str, Any] = {
     "coarse": CoarseTransformer,
     "fine": FineTransformer,
 }
-_KINDS = {**PARTS, "text_conditioner": TextEncoder}
-_OPTIONAL = {"fine", "text_conditioner"}
+_KINDS = {**PARTS, "text_conditioner": TextEncoder, "melody": MelodyEmbedder}
+_OPTIONAL = {"fine", "text_conditioner", "melody"}
 # Parts whose fingerprints the stages store, with their submodules that may be rounded. The fingerprint of a quantizer
 # does not include the conditioning tables, which are trained with the stages.
 _FINGERPRINTED: dict[str, tuple[str, ...]] = {
-    **{"codec": (), "semantic_tokenizer": (), "text_conditioner": ()},
+    **{"codec": (), "semantic_tokenizer": (), "text_conditioner": (), "melody": ()},
     "quantizer": ("tables",),
 }
 

@@ -8,14 +8,13 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import Conditioner, ConditionTensor
-from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.saving.fingerprint import digest_of, part_fingerprint
 from audiolm_pytorch.saving.modules import module_spec, register
 from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.saving.weights import weights_of
 from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.quantizer.modality_gap import align_texts
-from musiclm_pytorch.quantizer.residual_kmeans import residual_kmeans
+from musiclm_pytorch.quantizer.residual_kmeans import residual_codes, residual_kmeans
 
 __all__ = ["MuLaNEmbedQuantizer", "Modality"]
 
@@ -192,16 +191,9 @@ class MuLaNEmbedQuantizer(Conditioner):
         device = self.codebooks.device
         return self.codes_from_centred(self.centred(latents.to(device), modality)).to(latents.device)
 
-    @torch.no_grad()
     def codes_from_centred(self, centred: Tensor) -> Tensor:
         """Quantize vectors `[..., d]` that `centred` returned, or mixtures of them, to codes `[..., q]` int64."""
-        with torch.autocast(device_type=centred.device.type, enabled=False):
-            residual = centred.reshape(-1, centred.shape[-1])
-            codes = []
-            for codebook in self.codebooks.float():
-                codes.append(nearest_centroid(residual, codebook))
-                residual = residual - codebook[codes[-1]]
-        return torch.stack(codes, dim=-1).view(*centred.shape[:-1], self.num_quantizers)
+        return residual_codes(centred, self.codebooks)
 
     @typed
     @torch.no_grad()

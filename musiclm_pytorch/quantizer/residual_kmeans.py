@@ -16,7 +16,7 @@ from audiolm_pytorch.nn.kmeans import (
     start_size,
 )
 
-__all__ = ["residual_kmeans"]
+__all__ = ["residual_codes", "residual_kmeans"]
 
 # Points times codes up to which Lloyd's algorithm sees all points at every step. Beyond, mini-batches are faster and as
 # good (error on new points within 1%): 12 levels of 1024 codes for 200,000 points take 85 s on one core.
@@ -37,6 +37,20 @@ def residual_kmeans(points: Tensor, num_levels: int, codebook_size: int, seed: i
         codebooks.append(torch.from_numpy(cluster(residual.numpy(), codebook_size, seed + level)))
         residual = residual - codebooks[-1][nearest_centroid(residual, codebooks[-1])]
     return torch.stack(codebooks)
+
+
+@torch.no_grad()
+def residual_codes(vectors: Tensor, codebooks: Tensor) -> Tensor:
+    """Quantize vectors `[..., d]` with codebooks `[q, k, d]` to codes `[..., q]` int64.
+
+    At each level, the code is the index of the centroid that is nearest to the residual of the previous levels.
+    """
+    with torch.autocast(device_type=vectors.device.type, enabled=False):
+        residual, codes = vectors.reshape(-1, vectors.shape[-1]), []
+        for codebook in codebooks.float():
+            codes.append(nearest_centroid(residual, codebook))
+            residual = residual - codebook[codes[-1]]
+    return torch.stack(codes, dim=-1).view(*vectors.shape[:-1], len(codebooks))
 
 
 def _lloyd(points: np.ndarray, codebook_size: int, seed: int) -> np.ndarray:

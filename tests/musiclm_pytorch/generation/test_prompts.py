@@ -14,6 +14,7 @@ from musiclm_pytorch.generation.prompts import Mixture, embed_prompts, stories_o
 from musiclm_pytorch.musiclm import MusicLM
 from tests.helpers.alive_tensors import AliveTensors
 from tests.helpers.fakes import SAMPLE_HZ
+from tests.helpers.tiny_mulan import tones
 from tests.helpers.toy_musiclm import STAGES, musiclm_of
 
 LOW, HIGH = "low tone", "a very high tone"
@@ -36,6 +37,13 @@ def musiclm() -> MusicLM:
     """Tests must not change it."""
     torch.set_num_threads(1)
     return musiclm_of_texts()
+
+
+@pytest.fixture(scope="module")
+def with_melody() -> MusicLM:
+    """With stages that are also conditioned on a melody; tests must not change it."""
+    torch.set_num_threads(1)
+    return musiclm_of_texts(melody=True)
 
 
 def codes_of(musiclm: MusicLM, prompt: Any) -> Tensor:
@@ -187,13 +195,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "long": {"seconds": 1.1},
     "candidates": {"num_samples": 2},
     "seeds": {"seed": 9},
+    "mixture": {"text": Mixture([(LOW, 1), (HIGH, 1)])},
+    "melody": {"melody": tones(300, 500, 700, seconds=0.2).flatten(), "melody_sample_hz": 8000},
 }
+# Both are the text.
+PAIRS = [names for names in combinations(OPTIONS, 2) if names != ("story", "mixture")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [*combinations(OPTIONS, 2)], ids="-".join)
-def test_options_combine_and_a_stream_equals_the_offline_music(musiclm: MusicLM, names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+def test_options_combine_and_a_stream_equals_the_offline_music(with_melody: MusicLM, names: tuple[str, ...]) -> None:
     """All pairs of options; the stream is that of the selected seed."""
+    musiclm = with_melody
     request = {"text": LOW, "seconds": 0.7, "seed": 3, "num_samples": 1}
     for name in names:
         request |= OPTIONS[name]

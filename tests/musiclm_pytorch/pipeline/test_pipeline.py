@@ -20,7 +20,8 @@ from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.saving.files import read_json, read_weights, write_json
 from audiolm_pytorch.saving.modules import load_module
 from musiclm_pytorch.musiclm import MusicLM
-from musiclm_pytorch.pipeline.pipeline import STEPS, Pipeline
+from musiclm_pytorch.pipeline.pipeline import Pipeline
+from musiclm_pytorch.pipeline.steps import STEPS
 from musiclm_pytorch.pretrained.parts import PARTS
 from tests.helpers import micro
 from tests.helpers.bad_input import listing

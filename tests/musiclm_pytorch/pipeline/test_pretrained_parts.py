@@ -22,8 +22,9 @@ from audiolm_pytorch.semantic import SemanticTokenizer
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.pipeline.builders import build_codec, build_mulan, build_semantic_tokenizer
 from musiclm_pytorch.pipeline.estimate import estimate, estimate_steps
-from musiclm_pytorch.pipeline.pipeline import STEPS, Pipeline
+from musiclm_pytorch.pipeline.pipeline import Pipeline
 from musiclm_pytorch.pipeline.pretrained_parts import check_pretrained
+from musiclm_pytorch.pipeline.steps import STEPS
 from musiclm_pytorch.pretrained.export import export_musiclm
 from tests.helpers.micro import MICRO, WORDS, write_clips
 
