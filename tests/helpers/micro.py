@@ -19,6 +19,7 @@ import soundfile
 from musiclm_pytorch.pipeline import presets as config
 from musiclm_pytorch.pipeline.presets import (
     CodecConfig,
+    MelodyConfig,
     MuLaNConfig,
     Preset,
     QuantizerConfig,
@@ -61,6 +62,12 @@ MICRO = Preset(
     coarse=replace(_STAGE, history_noise=0.5, semantic_lookahead_seconds=0.08, guide_semantic=True),
     fine=replace(_STAGE, dim=16, run=_run(0.5), history_noise=0.5, input_noise=0.2, level_weights=(2.0, 1.0)),
     num_coarse_quantizers=1,
+    melody=MelodyConfig(
+        **{"dim": 16, "depth": 1, "heads": 2, "sample_hz": 8000, "num_mels": 40, "n_fft": 512, "hop_length": 256},
+        **{"patch_size": 20, "dim_latent": 8, "num_quantizers": 2, "codebook_size": 8, "drop_prob": 0.4},
+        run=_run(),
+        stage_run=_run(),
+    ),
 )
 
 

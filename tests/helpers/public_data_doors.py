@@ -19,7 +19,7 @@ from audiolm_pytorch.saving.hub import LoadedModel
 from audiolm_pytorch.saving.modules import save_module
 from audiolm_pytorch.semantic import BestRQ, BestRQEncoder
 from audiolm_pytorch.training import LoopSettings
-from musiclm_pytorch import MusicGen
+from musiclm_pytorch import MelodyEmbedder, MusicGen
 from musiclm_pytorch.evaluation.metric import ClipSet
 from musiclm_pytorch.evaluation.report import MetricValue
 from tests.helpers import small_models as small
@@ -51,6 +51,15 @@ def _sounds() -> str:
         wave = 0.3 * torch.sin(torch.arange(5600) * (0.1 + 0.05 * number))
         write_audio(folder / f"{number}.wav", wave, HZ)
         (folder / f"{number}.txt").write_text(f"tone {number}\n")
+    return str(folder)
+
+
+@cache
+def _melodies() -> str:
+    """Manifest of a melody of two notes."""
+    folder = Path(_out("melodies"))
+    write_audio(folder / "a.wav", 0.3 * torch.sin(torch.arange(5600) * 0.1), HZ)
+    (folder / "train.jsonl").write_text('{"audio": "a.wav", "pitch_class": [[0, 0.3, "C"], [0.3, 0.6, "G"]]}\n' * 2)
     return str(folder)
 
 
@@ -219,6 +228,12 @@ DATA_ROWS: dict[str, Callable[[], dict[str, Any]]] = {
     "EntropyCoder": lambda: {"model": _entropy_model()},
     "EntropyTransformerTrainer": lambda: _trainer(
         transformer=_entropy_model(), codec=small.small_soundstream(), data_max_length_seconds=0.25
+    ),
+    "MelodyTrainer": lambda: (
+        _trainer(
+            embedder=MelodyEmbedder(audio_transformer=small.small_mulan().audio, window_seconds=0.2, hop_seconds=0.1)
+        )
+        | {"folder": _melodies()}
     ),
     "MuLaNTrainer": lambda: (
         _trainer(mulan=small.small_mulan(), seconds=0.5, valid_fraction=0.5, chunk_size=2, cache_bytes=1000)

@@ -229,6 +229,10 @@ BASE: dict[str, Callable[[], dict[str, Any]]] = {
         **{"audio_transformer": small.small_mulan().audio, "text_transformer": small.small_mulan().text},
         **{"dim_latent": 8, "window_seconds": 1.0, "window_stride_seconds": 0.5},
     },
+    "MelodyEmbedder": lambda: {
+        **{"audio_transformer": small.small_mulan().audio, "dim_latent": 4, "window_seconds": 0.2},
+        **{"hop_seconds": 0.1, "rq_num_quantizers": 2, "codebook_size": 8},
+    },
     "MuLaNEmbedQuantizer": lambda: {
         **{"mulan": small.small_mulan(), "conditioning_dims": (8,), "namespaces": ("coarse",)},
         **{"rq_num_quantizers": 2, "codebook_size": 4},
@@ -241,7 +245,7 @@ BASE: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "MusicLM.forward": lambda: {
         **{"self": _musiclm(), "text": "calm piano", "num_samples": 1, "seconds": 0.1, "seed": 0, "num_levels": 2},
-        **{"max_batch": 1},
+        **{"max_batch": 1, "melody_sample_hz": 8000},
     },
     "AudioLM.generate": lambda: {"self": _musiclm().audio_lm, "request": GenerationRequest(seconds=0.1, text=["a"])},
     "SoundStream.forward": lambda: {"self": small.small_soundstream(), "audio": _wave()},
