@@ -34,7 +34,7 @@ _MIN_DIFFERENCE = 0.5
 _TIMES_PER_WINDOW = 8
 _MAX_NOISE = 0.02
 _MAX_VALID_MELODIES = 64
-_MAX_FITTED_WINDOWS = 30_000
+_MAX_FITTED_WINDOWS = 12_000
 _FIRST_FITTED_EPOCH = 2**20  # after the epochs of training, for other renderings
 # Share of the renderings of a melody that are the recording of its file.
 _RECORDED_SHARE = 1 / 3

@@ -1,5 +1,6 @@
 """Music that follows a melody: stages that are extended by it, requests, and saved models."""
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from musiclm_pytorch.melody.embedder import per_frame
 from musiclm_pytorch.musiclm import MusicLM
-from tests.helpers.fakes import CONDITION, SAMPLE_HZ, random_conditions, tiny_stages
+from tests.helpers.fakes import CONDITION, SAMPLE_HZ, memorise, random_conditions, tiny_stages
 from tests.helpers.small_models import small_audiolm
 from tests.helpers.tiny_mulan import tones
 from tests.helpers.toy_musiclm import STAGES, musiclm_of, toy_embedder
@@ -130,3 +131,25 @@ def test_wrong_melodies_are_one_line(musiclm: MusicLM) -> None:
         musiclm("a", melody=torch.rand(90), melody_sample_hz=1, **REQUEST)
     with pytest.raises(ValueError, match="semantic transformer was trained with another melody embedder"):
         MusicLM(audio_lm=musiclm.audio_lm, mulan_embed_quantizer=quantizer, melody_embedder=toy_embedder(dim_latent=5))
+
+
+@pytest.mark.slow
+def test_memorised_melodies_decide_the_music_of_one_text() -> None:
+    """Two melodies with equal texts generate their own tokens, in any order; text alone generates neither part."""
+    torch.manual_seed(2)
+    musiclm = musiclm_of(melody=True, cond_drop_prob=0.0)
+    stage, embedder = musiclm.audio_lm.semantic_transformer, musiclm.melody_embedder
+    embedder.codebooks.mul_(10)  # so that the few random codes are far from each other
+    melodies = [tones(440, seconds=0.32)[0], 0.3 * torch.randn(2560)]
+    conditions = musiclm._melody_conditions(melodies, 8000)["semantic"]
+    assert not torch.equal(*conditions["melody"].embeddings)
+    text = musiclm.mulan_embed_quantizer.conditioning(texts="a", namespace="semantic")
+    tokens = torch.randint(0, 12, (2, 8))
+    packed = stage.packed(AudioTokens({"semantic": tokens}, {}))
+    assert memorise(stage, packed, {"codes": text.expand(2), **conditions}) < 0.05
+    greedy = {"sampling": {"semantic": {"temperature": 0.0, "guidance_scale": 1.0}}}
+    for order in ([0, 1], [1, 0]):
+        chosen = musiclm._melody_conditions([melodies[index] for index in order], 8000)
+        request = musiclm._request(["a", "a"], 0.32, None, None, chosen, **greedy)
+        found = musiclm.audio_lm.generate(replace(request, seeds=[0, 1])).semantic
+        assert torch.equal(found, tokens[order])
