@@ -69,7 +69,7 @@ def measure(
     items = [AudioItem(Path(f"{name} {number}"), None, {"instrument": name}, 1, 1) for number, name in enumerate(asked)]
     texts = [f"a folk tune played on the {name}, unaccompanied" for name in asked]
     chroma, labels = ChromaSimilarity(), LabelAdherence(AttributeFeatures(classifier))
-    real = ClipSet("given melodies", items, extract_waves(melodies, melody_hz, chroma.extractors))
+    real = ClipSet("given melodies", items, extract_waves(melodies, melody_hz, [chroma.extractor]))
     values: list[MetricValue] = []
     choices = {
         "with the melody": melodies,
@@ -79,7 +79,7 @@ def measure(
     for name, given in choices.items():
         logger.info("generating %s", name)
         waves = _generate(model, texts, given, melody_hz, settings)
-        features = extract_waves(waves, model.sample_hz, [*chroma.extractors, *labels.extractors])
+        features = extract_waves(waves, model.sample_hz, [chroma.extractor, labels.extractor])
         clips = ClipSet(name, items, features, list(range(len(items))))
         values += [*chroma.measure(clips, real, None), *labels.measure(clips, None, None)]
     return values

@@ -9,7 +9,7 @@ import torch
 from musiclm_pytorch.evaluation.classifier import AttributeClassifier
 from musiclm_pytorch.evaluation.clip_features import ClipFeatures
 from musiclm_pytorch.evaluation.metrics.chroma import PitchClasses
-from musiclm_pytorch.melody.notes import melody_of, pitch_classes_at
+from musiclm_pytorch.melody.notes import PitchNote, melody_of, pitch_classes_at
 from musiclm_pytorch.melody.voices import draw_voice, render_melody
 from musiclm_pytorch.recipes.corpus.melodies import render_melodies
 from musiclm_pytorch.recipes.metrics.melody_metrics import Settings, measure
@@ -54,7 +54,7 @@ def test_chroma_is_that_of_the_given_melody() -> None:
     rng = np.random.default_rng(0)
     waves = []
     for _ in range(6):
-        notes = [(0.8 * i, 0.8 * i + 0.75, int(rng.integers(12))) for i in range(4)]
+        notes = [PitchNote(0.8 * i, 0.8 * i + 0.75, int(rng.integers(12))) for i in range(4)]
         waves.append(torch.from_numpy(render_melody(notes, 3.2, 16000, draw_voice(rng, "sine"), rng)))
     melodies = torch.stack(waves)
     features = ClipFeatures()
