@@ -7,7 +7,7 @@ import numpy as np
 
 from audiolm_pytorch.data.items import AudioItem
 
-__all__ = ["LABEL", "PITCH_CLASSES", "PitchNote", "excerpt_of", "melody_of", "pitch_classes_at"]
+__all__ = ["LABEL", "PITCH_CLASSES", "PitchNote", "excerpt_of", "notes_of", "pitch_classes_at"]
 
 LABEL = "pitch_class"
 PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
@@ -21,10 +21,10 @@ class PitchNote(NamedTuple):
     pitch_class: int
 
 
-def melody_of(item: AudioItem) -> list[PitchNote] | None:
+def notes_of(item: AudioItem) -> list[PitchNote] | None:
     """Read the notes in the label `pitch_class` of a file, a list of `[start_seconds, end_seconds, name]`.
 
-    The names are those in `PITCH_CLASSES`. The result is None for a file without the label or without notes.
+    The names are those in `PITCH_CLASSES`. A file without the label, or without notes, returns None.
     """
     rows = item.labels.get(LABEL)
     if not rows:

@@ -17,7 +17,7 @@ from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop,
 from audiolm_pytorch.training.arguments import trainer_arguments
 from audiolm_pytorch.training.distributed import to_device
 from musiclm_pytorch.melody.embedder import MelodyEmbedder
-from musiclm_pytorch.melody.notes import LABEL, PitchNote, excerpt_of, melody_of, pitch_classes_at
+from musiclm_pytorch.melody.notes import LABEL, PitchNote, excerpt_of, notes_of, pitch_classes_at
 from musiclm_pytorch.melody.triplets import semi_hard_triplet_loss
 from musiclm_pytorch.melody.voices import draw_voice, render_melody
 
@@ -58,8 +58,8 @@ class MelodyTask:
         self, embedder: MelodyEmbedder, train_items: Sequence[AudioItem], valid_items: Sequence[AudioItem], seed: int
     ) -> None:
         self.module = self.embedder = embedder
-        self.items = [(item, melody) for item in train_items if (melody := melody_of(item)) is not None]
-        self.held_out = [(item, melody) for item in valid_items if (melody := melody_of(item)) is not None]
+        self.items = [(item, melody) for item in train_items if (melody := notes_of(item)) is not None]
+        self.held_out = [(item, melody) for item in valid_items if (melody := notes_of(item)) is not None]
         if not self.items:
             raise ValueError(
                 f"none of {len(train_items)} files has notes in the label {LABEL}; write a manifest with "
@@ -168,7 +168,7 @@ class MelodyTrainer:
 
     Args:
         embedder: Embedder to train, without codebooks.
-        folder: Folder or manifest whose lines have the label `pitch_class` (see `melody_of`).
+        folder: Folder or manifest whose lines have the label `pitch_class` (see `notes_of`).
         items: Training and held-out items, instead of `folder`.
         batch_size: Melodies per step and process.
         results_folder: Folder of checkpoints and metrics, and finally of the embedder (`results_folder/melody`).
@@ -215,7 +215,7 @@ def melody_wave(item: AudioItem, sample_hz: int, seed: int | Sequence[int]) -> T
     Of files with notes, two thirds are rendered by a random voice, as a hummed melody; the others, and files without
     notes, are the recordings themselves.
     """
-    rng, melody = np.random.default_rng(seed), melody_of(item)
+    rng, melody = np.random.default_rng(seed), notes_of(item)
     if melody is None or rng.random() < _RECORDED_SHARE:
         return item.read(sample_hz)
     seconds = item.num_samples / item.sample_hz

@@ -9,8 +9,8 @@ __all__ = ["semi_hard_triplet_loss"]
 def semi_hard_triplet_loss(latents: Tensor, positives: Tensor, is_negative: Tensor, margin: float = 0.2) -> Tensor:
     """Compute the triplet loss of FaceNet (arXiv:1503.03832, sec. 3.1) with semi-hard negatives, as in MusicLM.
 
-    The negative of an anchor is the nearest one that is farther away than its positive. If there is none, it is the
-    farthest negative. Distances are squared.
+    The negative of an anchor is the nearest one that is farther away than its positive, or the farthest one if all are
+    nearer than its positive. Distances are squared.
 
     Args:
         latents: Unit vectors `[n, d]`; each is an anchor.

@@ -13,7 +13,7 @@ from audiolm_pytorch.data.items import AudioItem
 from audiolm_pytorch.saving.modules import load_module
 from musiclm_pytorch.evaluation.metrics.chroma import PitchClasses
 from musiclm_pytorch.melody.embedder import MelodyEmbedder
-from musiclm_pytorch.melody.notes import PITCH_CLASSES, PitchNote, excerpt_of, melody_of, pitch_classes_at
+from musiclm_pytorch.melody.notes import PITCH_CLASSES, PitchNote, excerpt_of, notes_of, pitch_classes_at
 from musiclm_pytorch.melody.trainer import MelodyTrainer, melody_wave
 from musiclm_pytorch.melody.triplets import semi_hard_triplet_loss
 from musiclm_pytorch.melody.voices import KINDS, draw_voice, render_melody
@@ -29,13 +29,13 @@ def item_of(rows: object) -> AudioItem:
 
 def test_notes_are_read_cut_and_looked_up() -> None:
     """At the boundaries of notes, in rests, and played faster."""
-    assert melody_of(item_of([[0, 0.5, "C"], [0.5, 1.0, "F#"]])) == [PitchNote(0.0, 0.5, 0), PitchNote(0.5, 1.0, 6)]
-    assert melody_of(item_of([])) is None and melody_of(item_of(None)) is None
+    assert notes_of(item_of([[0, 0.5, "C"], [0.5, 1.0, "F#"]])) == [PitchNote(0.0, 0.5, 0), PitchNote(0.5, 1.0, 6)]
+    assert notes_of(item_of([])) is None and notes_of(item_of(None)) is None
     for rows in ([[0, 0.5, "H"]], [[0.5, 0.1, "C"]], [[1, 2, "C"], [0, 1, "C"]], "C", [[0, 1]], 3):
         with pytest.raises(
             ValueError, match=r"a.wav: pitch_class must be a list of \[start_seconds, end_seconds, name\]"
         ):
-            melody_of(item_of(rows))
+            notes_of(item_of(rows))
     times = np.array([0.0, 0.44, 0.46, 0.5, 2.6, 9.0])
     assert pitch_classes_at(SCALE, times).tolist() == [0, 0, -1, 4, 11, -1]
     assert pitch_classes_at([], times).tolist() == [-1] * 6
@@ -143,7 +143,7 @@ def test_a_trained_embedder_depends_on_pitch_classes_and_not_on_the_voice(tmp_pa
     assert result.metrics["valid.same_pitch_classes"] > 0.5 > 3 * result.metrics["valid.same_by_chance"]
     rng = np.random.default_rng(5)
     rows = [json.loads(line)["pitch_class"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
-    melodies = [melody_of(item_of(notes)) for notes in rows]
+    melodies = [notes_of(item_of(notes)) for notes in rows]
     waves = [
         [render_melody(melody, 2.4, 8000, draw_voice(rng, kind), rng) for melody in melodies]
         for kind in ("hum", "whistle")

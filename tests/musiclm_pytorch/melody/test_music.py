@@ -10,6 +10,7 @@ import torch
 from audiolm_pytorch.audio.files import read_audio, write_audio
 from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
+from musiclm_pytorch.cli.app import main
 from musiclm_pytorch.melody.embedder import per_frame
 from musiclm_pytorch.musiclm import MusicLM
 from tests.helpers.fakes import CONDITION, SAMPLE_HZ, memorise, random_conditions, tiny_stages
@@ -71,6 +72,7 @@ def test_the_condition_of_a_frame_is_that_of_its_time(musiclm: MusicLM) -> None:
     assert per_frame(torch.arange(2.0)[:, None], Fraction(3), Fraction(5)).flatten().tolist() == [0, 0, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_melody_changes_the_music_and_no_melody_does_not(musiclm: MusicLM, tmp_path: Path) -> None:
     """As wave, file, list, and in a batch with texts; the text alone needs no embedder."""
     plain, music = musiclm("a", **REQUEST), musiclm("a", **MELODY, **REQUEST)
@@ -90,6 +92,7 @@ def test_a_melody_changes_the_music_and_no_melody_does_not(musiclm: MusicLM, tmp
     torch.testing.assert_close(shared[:1], music, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_with_a_melody_is_saved_and_loaded(tmp_path: Path) -> None:
     """The loaded model generates the same music."""
     audio_lm = small_audiolm()
@@ -105,6 +108,13 @@ def test_a_model_with_a_melody_is_saved_and_loaded(tmp_path: Path) -> None:
     music = musiclm("a", **MELODY, **REQUEST)
     assert torch.equal(loaded("a", **MELODY, **REQUEST), music)
     assert not torch.equal(loaded("a", **REQUEST), music)
+    write_audio(tmp_path / "hum.wav", MELODY["melody"], 8000)
+    words = ["--model", tmp_path / "model", "--melody", tmp_path / "hum.wav", "--out", tmp_path / "a.wav"]
+    words += ["--seconds", 0.5, "--num-samples", 2, "--seed", 3]
+    assert main(["generate", "a", *map(str, words)]) == 0
+    of_file = musiclm("a", melody=tmp_path / "hum.wav", **REQUEST)
+    torch.testing.assert_close(read_audio(tmp_path / "a.wav")[0], of_file, atol=1e-4, rtol=0)
+    assert main(["generate", "a", *map(str, [*words, "--stream"])]) == 0
 
 
 def test_wrong_melodies_are_one_line(musiclm: MusicLM) -> None:

@@ -9,7 +9,7 @@ import torch
 from musiclm_pytorch.evaluation.classifier import AttributeClassifier
 from musiclm_pytorch.evaluation.clip_features import ClipFeatures
 from musiclm_pytorch.evaluation.metrics.chroma import PitchClasses
-from musiclm_pytorch.melody.notes import PitchNote, melody_of, pitch_classes_at
+from musiclm_pytorch.melody.notes import PitchNote, notes_of, pitch_classes_at
 from musiclm_pytorch.melody.voices import draw_voice, render_melody
 from musiclm_pytorch.recipes.corpus.melodies import render_melodies
 from musiclm_pytorch.recipes.metrics.melody_metrics import Settings, measure
@@ -35,7 +35,7 @@ def test_rendered_melodies_have_their_notes_in_all_instruments() -> None:
     assert rows[0]["instrument"] != rows[1]["instrument"] and rows[0]["tune"] != rows[2]["tune"]
     for wave, row in clips:
         found = PitchClasses()(torch.from_numpy(wave).repeat_interleave(4)[::3].unsqueeze(0))[0].numpy()
-        notes = pitch_classes_at(melody_of(Item(row)), np.arange(len(found)) * 4096 / 32000)
+        notes = pitch_classes_at(notes_of(Item(row)), np.arange(len(found)) * 4096 / 32000)
         assert (found == notes)[notes >= 0].mean() > 0.35  # frames are longer than fast notes
 
 
