@@ -170,6 +170,8 @@ class Pipeline:
                     announce(name)
                 yield self._run_step(name)
             if all(self.is_done(name) for name in STEPS) and not self._is_up_to_date():
+                for name in self._steps_of_model()[len(STEPS) :]:
+                    self._check_fresh(name)
                 self.assemble()
 
     def _steps_to_run(self, step: str) -> list[str]:
