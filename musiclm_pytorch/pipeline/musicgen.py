@@ -147,6 +147,7 @@ def _settings(preset: MusicGenPreset) -> dict[str, Any]:
     """Return the settings of the training loop."""
     names = ("weight_decay", "betas", "max_grad_norm", "ema_decay")
     settings = {**loop_settings(preset.run), **{name: getattr(preset, name) for name in names}}
-    if preset.schedule == "inverse_sqrt":
-        return settings | {"schedule": partial(inverse_square_root, warmup_steps=settings.pop("warmup_steps"))}
-    return settings | {"final_lr_fraction": preset.final_lr_fraction}
+    if preset.schedule == "cosine":
+        return {**settings, "final_lr_fraction": preset.final_lr_fraction}
+    warmup_steps = settings.pop("warmup_steps")
+    return {**settings, "schedule": partial(inverse_square_root, warmup_steps=warmup_steps)}

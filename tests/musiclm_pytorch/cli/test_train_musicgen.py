@@ -18,7 +18,10 @@ from tests.helpers.processes import run_two_processes
 from tests.helpers.small_codecs import tiny_codec
 
 RUN = RunConfig(6, 4, 1.0, 1e-3, warmup_steps=2, precision="fp32", checkpoint_every_steps=2)
-MICRO = replace(MUSICGEN_PRESETS["tiny"], name="micro", dim=32, depth=1, heads=2, num_codebooks=2, run=RUN)
+# The schedule of AudioGen, whose state is in the checkpoints.
+MICRO = replace(
+    MUSICGEN_PRESETS["tiny"], name="micro", schedule="inverse_sqrt", dim=32, depth=1, heads=2, num_codebooks=2, run=RUN
+)
 # Without anything random, so that two processes can compute the same as one.
 EXACT = replace(MICRO, name="exact", cond_drop_prob=0.0, melody_drop_prob=0.0, text_drop_prob=0.0, word_dropout=0.0)
 
