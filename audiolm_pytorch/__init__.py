@@ -53,6 +53,8 @@ if TYPE_CHECKING:
         KMeansTokenizer as KMeansTokenizer,
         KMeansTrainer as KMeansTrainer,
         SemanticTokenizer as SemanticTokenizer,
+        deduplicate as deduplicate,
+        expand as expand,
         open_encoder as open_encoder,
     )
     from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer as SemanticTokenizerTrainer

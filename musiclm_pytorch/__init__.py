@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         AudioSpectrogramTransformer as AudioSpectrogramTransformer,
         ClapMuLaN as ClapMuLaN,
         JointEmbedding as JointEmbedding,
+        LayerContrast as LayerContrast,
         MuLaN as MuLaN,
         SigmoidContrastiveLearning as SigmoidContrastiveLearning,
         SoftmaxContrastiveLearning as SoftmaxContrastiveLearning,

@@ -377,11 +377,12 @@ def train_kmeans(folder: Path) -> dict:
 
 
 def train_mulan(folder: Path) -> dict:
-    from musiclm_pytorch import CaptionSampler, MuLaNTrainer
+    from musiclm_pytorch import CaptionSampler, LayerContrast, MuLaNTrainer
 
+    mulan = tiny_mulan(layer_contrast=LayerContrast(layers=((0, 1), (1, 1)), weight=0.5))
     data = {"folder": write_clips(folder / "data"), "seconds": 0.4, "results_folder": folder / "run"}
     texts = {"captions": CaptionSampler(captions_per_clip=2), "chunk_size": 3}
-    return of_run(MuLaNTrainer(mulan=tiny_mulan(), **data, **texts, **{**RUN, "batch_size": 4}), folder / "run")
+    return of_run(MuLaNTrainer(mulan=mulan, **data, **texts, **{**RUN, "batch_size": 4}), folder / "run")
 
 
 def train_mulan_sigmoid(folder: Path) -> dict:

@@ -1,7 +1,8 @@
 """The transformer that language models and encoders use: a stack of blocks that are built from parts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from einops import rearrange
@@ -198,7 +199,6 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         keys_values: list[tuple[Tensor, Tensor]] | None = None,
-        layer: int | None = None,
     ) -> Tensor:
         """Apply all blocks to sequences `x [b, n, d]`; return normalised rows without the rows of the prefix.
 
@@ -209,18 +209,39 @@ class Transformer(nn.Module):
             positions: Positions of the rows in any order, `[n]`, `[b, n]` or `[b, n, axes]`; None = 0..n-1. Rotary
                 positions use the first axis, `position_bias` uses all axes, other positions need None.
             keys_values: If it is a list, each block appends keys and values `[b, kv_heads, n, dim_head]`, for a cache.
-            layer: Number of blocks to apply, 0..depth, without the final norm; None = all blocks and the norm.
         """
-        if layer is not None and not 0 <= layer <= self.depth:
-            raise ValueError(f"layer must be in 0..{self.depth}, got {layer}")
         conditions = FusedConditions() if conditions is None else conditions
         x = self._inputs(x, conditions)
         context = self._attention_context(x, conditions, mask, positions, keys_values)
-        is_repeated = self.checkpoint_blocks and self.training and torch.is_grad_enabled()
-        for block in list(self.blocks)[:layer]:
-            x = checkpoint(block, x, context, use_reentrant=False) if is_repeated else block(x, context)
-        x = x[:, conditions.num_rows :]
-        return self.norm(x) if layer is None else x
+        for block in self.blocks:
+            x = self._apply_block(block, x, context)
+        return self.norm(x[:, conditions.num_rows :])
+
+    @typed
+    def hidden_states(
+        self, x: Tensor, mask: Tensor | None = None, *, positions: Tensor | None = None, layers: Sequence[int | None]
+    ) -> list[Tensor]:
+        """Return the rows `[b, n, d]` after each block in `layers`; blocks after the last of these are not computed.
+
+        `layers` are block numbers: 1..depth, or 0 for the input of the first block. The returned rows are not
+        normalised. An entry None is the output of `forward`. `forward` documents `x`, `mask` and `positions`.
+        """
+        if not all(layer is None or 0 <= layer <= self.depth for layer in layers):
+            raise ValueError(f"layers must be in 0..{self.depth}, got {tuple(layers)}")
+        x = self._inputs(x, FusedConditions())
+        context = self._attention_context(x, FusedConditions(), mask, positions, None)
+        blocks = {self.depth if layer is None else layer for layer in layers}
+        states = {0: x}  # only of the requested layers, to save memory without gradients
+        for layer, block in enumerate(list(self.blocks)[: max(blocks, default=0)], start=1):
+            x = self._apply_block(block, x, context)
+            if layer in blocks:
+                states[layer] = x
+        return [self.norm(states[self.depth]) if layer is None else states[layer] for layer in layers]
+
+    def _apply_block(self, block: nn.Module, x: Tensor, context: AttentionContext) -> Tensor:
+        if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(block, x, context, use_reentrant=False))
+        return cast(Tensor, block(x, context))
 
     def _inputs(self, x: Tensor, conditions: FusedConditions) -> Tensor:
         """Add `row_sums` and sinusoidal positions to rows `[b, n, d]`, and prepend the prefix."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         TransformersEncoder as TransformersEncoder,
         open_encoder as open_encoder,
     )
+    from audiolm_pytorch.semantic.runs import Runs as Runs, deduplicate as deduplicate, expand as expand
     from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer as KMeansTokenizer
 
 globals().update(lazy_exports(__name__))

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from musiclm_pytorch.mulan.audio_tower import AudioSpectrogramTransformer as AudioSpectrogramTransformer
     from musiclm_pytorch.mulan.clap import ClapMuLaN as ClapMuLaN
     from musiclm_pytorch.mulan.joint import JointEmbedding as JointEmbedding, average_latents as average_latents
+    from musiclm_pytorch.mulan.layers import LayerContrast as LayerContrast
     from musiclm_pytorch.mulan.losses import (
         SigmoidContrastiveLearning as SigmoidContrastiveLearning,
         SoftmaxContrastiveLearning as SoftmaxContrastiveLearning,

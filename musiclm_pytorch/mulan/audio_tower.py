@@ -1,5 +1,6 @@
 """MuLan's audio tower: a transformer over patches of log spectrograms, for clips of any length."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.positions import WavePositionBias
 from audiolm_pytorch.nn.transformer import build_encoder
 from audiolm_pytorch.saving.modules import SavedModule, constructor_arguments, register
-from musiclm_pytorch.mulan.pooling import encoded_mean
+from musiclm_pytorch.mulan.layers import pooled_layers
 from musiclm_pytorch.mulan.spectrogram import SpecAugment, log_spectrogram
 
 __all__ = ["AudioSpectrogramTransformer"]
@@ -89,13 +90,20 @@ class AudioSpectrogramTransformer(SavedModule):
         self.encoder = build_encoder(dim, depth, heads, dim_head, ff_mult, float(dropout), position_bias=bias)
         keep_arguments(self, self.config)
 
-    @typed
     def forward(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Embed clips as `[b, dim]` float32, not of unit norm.
 
         `wavs` (`[n]`, `[b, n]` or `[b, 1, n]`) at `sample_hz` have values in about -1..1, and `lengths [b]` are the
         numbers of samples per clip (None = `n` for every clip). In eval mode the embedding of a clip does not depend on
         the other clips in `wavs`.
+        """
+        return self.embed_layers(wavs, lengths, layers=(self.depth,))[0]
+
+    @typed
+    def embed_layers(self, wavs: Tensor, lengths: Tensor | None = None, *, layers: Sequence[int]) -> Tensor:
+        """Embed clips as the mean over the patches in each of `l` layers, `[l, b, dim]` float32, not of unit norm.
+
+        Each of `layers` is a number of transformer blocks in 0..depth; layer `depth` is the normalised output.
         """
         wavs = mono_waves(wavs, lengths, name="wavs")
         if lengths is None:
@@ -105,7 +113,7 @@ class AudioSpectrogramTransformer(SavedModule):
         logs, num_frames = self.augment.stretch(logs, num_frames)
         image = self.augment.mask(self.spectrogram.standardise(logs, num_frames), num_frames)
         tokens, places, mask = self._patches(image, num_frames)
-        return encoded_mean(self.encoder, tokens, mask, places)
+        return pooled_layers(self.encoder, tokens, mask, layers, places)
 
     def _num_patches(self, size: int) -> int:
         """Return how many patches (at least one) cover `size` bins or frames along one axis."""

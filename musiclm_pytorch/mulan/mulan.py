@@ -14,6 +14,7 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.modules import build_module, module_spec, register
 from musiclm_pytorch.mulan.audio_tower import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.joint import JointEmbedding
+from musiclm_pytorch.mulan.layers import LayerContrast, LayerHeads
 from musiclm_pytorch.mulan.losses import SoftmaxContrastiveLearning
 from musiclm_pytorch.mulan.text_tower import TextTower
 
@@ -29,6 +30,7 @@ class MuLaN(JointEmbedding):
     Args:
         loss: Module called as `loss(audio_latents, text_latents, captions, clip_index)`, with the latents and rows of
             hard negatives as two more arguments if there are any; None = `SoftmaxContrastiveLearning`.
+        layer_contrast: Contrastive losses between inner layers of the towers; None = only the outputs are trained.
     """
 
     @typed
@@ -41,6 +43,7 @@ class MuLaN(JointEmbedding):
         loss: nn.Module | None = None,
         window_seconds: float = 10.0,
         window_stride_seconds: float = 1.0,
+        layer_contrast: LayerContrast | None = None,
     ) -> None:
         super().__init__(
             dim_latent=dim_latent,
@@ -53,6 +56,13 @@ class MuLaN(JointEmbedding):
         self.audio_to_latent = nn.Linear(audio_transformer.dim, dim_latent)
         self.text_to_latent = nn.Linear(text_transformer.dim, dim_latent)
         self.loss = SoftmaxContrastiveLearning() if loss is None else loss
+        self.layer_contrast = layer_contrast
+        layers = () if layer_contrast is None else layer_contrast.layers
+        if any(pair[0] > audio_transformer.depth or pair[1] > text_transformer.depth for pair in layers):
+            depths = f"{audio_transformer.depth} and {text_transformer.depth}"
+            raise ValueError(f"layer_contrast must have layers up to {depths}, the depths of the towers, got {layers}")
+        dims = (audio_transformer.dim, text_transformer.dim)
+        self.layer_heads = LayerHeads(layers, dims, dim_latent, self.loss)
 
     @property
     def audio_transformer(self) -> AudioSpectrogramTransformer:
@@ -67,7 +77,7 @@ class MuLaN(JointEmbedding):
     @property
     def config(self) -> dict[str, Any]:
         """JSON-able constructor arguments, in which a class name and a config describe every submodule."""
-        return {
+        config = {
             "audio_transformer": module_spec(self.audio),
             "text_transformer": module_spec(self.text),
             "dim_latent": self.dim_latent,
@@ -75,11 +85,16 @@ class MuLaN(JointEmbedding):
             "window_seconds": self.window_seconds,
             "window_stride_seconds": self.window_stride_seconds,
         }
+        return config if self.layer_contrast is None else config | {"layer_contrast": self.layer_contrast.config}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "MuLaN":
         """Build a model with random weights from `config`."""
-        parts = {name: build_module(config[name]) for name in ("audio_transformer", "text_transformer", "loss")}
+        parts: dict[str, Any] = {
+            name: build_module(config[name]) for name in ("audio_transformer", "text_transformer", "loss")
+        }
+        if "layer_contrast" in config:
+            parts["layer_contrast"] = LayerContrast.from_config(config["layer_contrast"])
         return cls(**{**config, **parts})
 
     @typed
@@ -110,26 +125,41 @@ class MuLaN(JointEmbedding):
         """
         wavs = mono_waves(wavs, lengths, name="wavs")
         ids = self.text.tokenize(texts)
+        captions = _caption_numbers(ids)
         clips = (wavs,) if lengths is None else (wavs, lengths)
-        audio = _in_chunks(self.get_audio_latents, chunk_size, *clips)
-        text = _in_chunks(self.get_text_latents, chunk_size, ids)
-        hard: tuple[Tensor, ...] = ()
+        audio = _in_chunks(self._audio_levels, chunk_size, *clips)
+        text = _in_chunks(self._text_levels, chunk_size, ids)
+        losses = (self.loss, *self.layer_heads.losses)
+        levels: list[tuple[Tensor, ...]] = [(t, captions, clip_index) for t in text.unbind(1)]  # type: ignore[misc]
         if negatives is not None and negative_index is not None:
-            hard = _in_chunks(self.get_text_latents, chunk_size, self.text.tokenize(negatives)), negative_index
-        return self.loss(audio, text, _caption_numbers(ids), clip_index, *hard)
+            false_text = _in_chunks(self._text_levels, chunk_size, self.text.tokenize(negatives))
+            levels = [(*level, n, negative_index) for level, n in zip(levels, false_text.unbind(1))]
+        outputs, *layers = (loss(a, *level) for loss, a, level in zip(losses, audio.unbind(1), levels))
+        return outputs if self.layer_contrast is None else outputs + self.layer_contrast.weight * sum(layers)
+
+    def _audio_levels(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Embed clips as unit vectors `[b, 1 + pairs, dim_latent]`: one of the output, and one per pair of layers."""
+        states = self.audio.embed_layers(wavs, lengths, layers=[self.audio.depth, *self.layer_heads.audio_layers])
+        return _unit_rows(states, [self.audio_to_latent, *self.layer_heads.audio_to_latent])
+
+    def _text_levels(self, ids: Tensor) -> Tensor:
+        """Embed k texts as unit vectors `[k, 1 + pairs, dim_latent]`: one of the output, and one per pair of layers."""
+        states = self.text.embed_layers(ids, layers=[self.text.depth, *self.layer_heads.text_layers])
+        return _unit_rows(states, [self.text_to_latent, *self.layer_heads.text_to_latent])
 
     def get_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Embed clips without windows; see `JointEmbedding`."""
-        return _unit_vectors(self.audio(wavs, lengths), self.audio_to_latent)
+        return _unit_rows(self.audio(wavs, lengths).unsqueeze(0), [self.audio_to_latent])[:, 0]
 
     def get_text_latents(self, texts: str | Sequence[str] | Tensor) -> Tensor:
         """Embed texts; see `JointEmbedding`."""
-        return _unit_vectors(self.text(texts), self.text_to_latent)
+        return _unit_rows(self.text.embed_layers(texts, layers=(self.text.depth,)), [self.text_to_latent])[:, 0]
 
 
-def _unit_vectors(states: Tensor, head: nn.Linear) -> Tensor:
-    """Project states `[b, dim]` to unit vectors `[b, dim_latent]` float32."""
-    return F.normalize(head(states.to(head.weight.dtype)).float(), dim=-1)
+def _unit_rows(states: Tensor, heads: Sequence[Any]) -> Tensor:
+    """Project `l` states `[l, b, dim]` with one head per state to unit vectors `[b, l, dim_latent]` float32."""
+    projected = [head(state.to(head.weight.dtype)).float() for head, state in zip(heads, states)]
+    return F.normalize(torch.stack(projected, dim=1), dim=-1)
 
 
 def _in_chunks(embed: Callable[..., Tensor], chunk_size: int | None, *rows: Tensor) -> Tensor:

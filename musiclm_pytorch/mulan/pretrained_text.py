@@ -13,7 +13,7 @@ from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.saving.hub import LoadedModel
 from audiolm_pytorch.saving.modules import register
-from musiclm_pytorch.mulan.pooling import token_mean
+from musiclm_pytorch.mulan.layers import token_means
 from musiclm_pytorch.mulan.text_tower import TextTower
 
 __all__ = ["TransformersTextEncoder"]
@@ -56,8 +56,14 @@ class TransformersTextEncoder(PublishedTextEncoder, TextTower):
         return {"frozen": self.frozen, "max_seq_len": self._text.max_tokens}
 
     @typed
-    def forward(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Embed texts; see `TextTower`."""
+    def embed_layers(self, texts: str | Sequence[str] | Tensor, *, layers: Sequence[int]) -> Tensor:
+        """Embed texts as the outputs `[l, b, dim]` float32 of l layers; see `TextTower`."""
+        if not all(0 <= layer <= self.depth for layer in layers):
+            raise ValueError(f"layers must be in 0..{self.depth}, got {tuple(layers)}")
         ids = self.tokenize(texts).to(device_of(self.model))
+        inner = any(layer < self.depth for layer in layers)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return token_mean(self.model(**self._text.inputs(ids)).last_hidden_state, ids >= 0)
+            out = self.model(**self._text.inputs(ids), output_hidden_states=inner)
+            # The last of `hidden_states` lacks the final norm that some models have.
+            states = {**(dict(enumerate(out.hidden_states)) if inner else {}), self.depth: out.last_hidden_state}
+            return token_means([states[layer] for layer in layers], ids >= 0)

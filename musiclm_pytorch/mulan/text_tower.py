@@ -15,7 +15,7 @@ from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.transformer import build_encoder
 from audiolm_pytorch.saving.modules import SavedModule, register
 from audiolm_pytorch.saving.text import logger_named
-from musiclm_pytorch.mulan.pooling import encoded_mean
+from musiclm_pytorch.mulan.layers import pooled_layers
 
 __all__ = ["TextTower", "TextTransformer", "words_of"]
 
@@ -27,9 +27,10 @@ _WORDS_IN_WARNING = 8
 
 
 class TextTower(SavedModule, ABC):
-    """Base class of text towers, which embed texts in `dim` dimensions."""
+    """Base class of text towers: a module of `depth` blocks that embeds texts in `dim` dimensions."""
 
     dim: int
+    depth: int
 
     @abstractmethod
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
@@ -39,8 +40,15 @@ class TextTower(SavedModule, ABC):
         """
 
     @abstractmethod
+    def embed_layers(self, texts: str | Sequence[str] | Tensor, *, layers: Sequence[int]) -> Tensor:
+        """Embed texts or ids as the mean over the tokens in each of `l` layers, `[l, b, dim]` float32, not normalised.
+
+        Layer 0 is the input of the first block, layer `depth` is the output after the final normalisation.
+        """
+
     def forward(self, texts: str | Sequence[str] | Tensor) -> Tensor:
         """Embed each text (or its ids), independently of the other texts, as `[b, dim]` float32, not of unit norm."""
+        return self.embed_layers(texts, layers=(self.depth,))[0]
 
 
 @register
@@ -106,10 +114,10 @@ class TextTransformer(TextTower):
         return ids
 
     @typed
-    def forward(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Embed texts as the mean over their tokens; see `TextTower`."""
+    def embed_layers(self, texts: str | Sequence[str] | Tensor, *, layers: Sequence[int]) -> Tensor:
+        """Embed texts as the outputs `[l, b, dim]` float32 of l layers; see `TextTower`."""
         ids = self.tokenize(texts).to(self.embedding.weight.device)
-        return encoded_mean(self.encoder, self.embedding(ids.clamp(min=0)), ids >= 0)
+        return pooled_layers(self.encoder, self.embedding(ids.clamp(min=0)), ids >= 0, layers)
 
     def _report_unknown_words(self, texts: Sequence[str]) -> None:
         """Log one warning for each text if most of its words are not in the training captions."""

@@ -25,6 +25,7 @@ from musiclm_pytorch.mulan.chance_watch import ChanceWatch
 from musiclm_pytorch.mulan.held_out import HeldOutClips
 from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.mulan.losses import ContrastiveLoss, SoftmaxContrastiveLearning
+from musiclm_pytorch.mulan.mulan import MuLaN
 from musiclm_pytorch.mulan.text_tower import TextTransformer, words_of
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ class MuLaNTask:
             loss = SoftmaxContrastiveLearning()
         processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         value = loss.chance(self.batch_size * processes, self._texts_per_clip, float(self._has_negatives))
+        if isinstance(self.mulan, MuLaN) and self.mulan.layer_contrast is not None:
+            value *= 1 + self.mulan.layer_contrast.weight * len(self.mulan.layer_contrast.layers)
         return {"loss": value, **chance}
 
     def batch(self, indices: list[tuple[int, int]]) -> dict[str, Tensor]:

@@ -48,8 +48,10 @@ class PlainEncoder(nn.Module):
         super().__init__()
         self.encoder, self.depth = encoder, encoder.depth
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, *, positions: Tensor | None = None) -> Tensor:
-        """What `Transformer.forward` gives."""
+    def hidden_states(
+        self, x: Tensor, mask: Tensor | None = None, *, positions: Tensor | None = None, layers: list[int | None]
+    ) -> list[Tensor]:
+        """What `Transformer.hidden_states` gives, for the whole stack."""
         encoder = self.encoder
         if positions is None:
             positions = torch.arange(x.shape[1])
@@ -61,7 +63,11 @@ class PlainEncoder(nn.Module):
             hidden = plain_norm(block.feed_forward_norm, x)
             value, gate = block.feed_forward.up(hidden).chunk(2, dim=-1)
             x = x + block.feed_forward.down(nn.functional.silu(gate) * value)
-        return plain_norm(encoder.norm, x)
+        return [plain_norm(encoder.norm, x)]
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, positions: Tensor | None = None) -> Tensor:
+        """What `Transformer.forward` gives."""
+        return self.hidden_states(x, mask, positions=positions, layers=[None])[0]
 
 
 def plain_norm(norm: nn.Module, x: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class BestRQEncoder(FrameEncoder):
         """
         # The front end computes in float32, also if the weights have half precision.
         tokens = self.to_tokens(frames.to(self.to_tokens.weight.dtype))
-        return self.transformer(tokens, mask=mask, layer=layer)
+        return self.transformer.hidden_states(tokens, mask, layers=(layer,))[0]
 
     def features(self, wave: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> tuple[Tensor, Tensor]:
         """Compute the hidden states of a layer; `layer` None means the last layer with the final norm."""

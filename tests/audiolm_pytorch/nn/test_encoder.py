@@ -57,22 +57,22 @@ def test_encoder_uses_the_positions_of_the_caller(encoder: Transformer) -> None:
 
 
 def test_encoder_returns_hidden_states(encoder: Transformer) -> None:
-    """Layer 0 is the input, and the last layer lacks the final norm."""
+    """Layer 0 is the input, the last layer lacks the final norm, and None is the output of `forward`."""
     x = torch.randn(2, 4, 24)
-    assert torch.equal(encoder(x, layer=0), x)
-    torch.testing.assert_close(encoder.norm(encoder(x, layer=2)), encoder(x))
-    for layer in (-1, 3):
-        with pytest.raises(ValueError, match=r"layer must be in 0\.\.2"):
-            encoder(x, layer=layer)
+    last, first, whole = encoder.hidden_states(x, layers=(2, 0, None))
+    assert torch.equal(first, x) and torch.equal(whole, encoder(x))
+    torch.testing.assert_close(encoder.norm(last), encoder(x))
+    with pytest.raises(ValueError, match="layers"):
+        encoder.hidden_states(x, layers=(3,))
 
 
-def test_encoder_stops_after_the_requested_layer(encoder: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoder_stops_after_the_last_requested_layer(encoder: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first layer of a deep encoder costs one block."""
     monkeypatch.setattr(encoder.blocks[1], "forward", None)
-    encoder(torch.randn(1, 3, 24), layer=1)
+    encoder.hidden_states(torch.randn(1, 3, 24), layers=(1, 0))
 
 
-def test_encoder_keeps_no_earlier_states() -> None:
+def test_encoder_keeps_only_requested_layers() -> None:
     """At inference a deep encoder does not hold the states of all blocks."""
     encoder = build_encoder(dim=8, depth=6, heads=1, dim_head=8).eval()
     inputs: list[weakref.ref[torch.Tensor]] = []
@@ -85,8 +85,9 @@ def test_encoder_keeps_no_earlier_states() -> None:
     for block in encoder.blocks:
         block.register_forward_hook(note)
     with torch.no_grad():
-        encoder(torch.randn(1, 3, 8))
-    assert max(alive) <= 2  # the output of a block and its input
+        second, _ = encoder.hidden_states(torch.randn(1, 3, 8), layers=(2, None))
+    # the output of a block, its input, and the stored second state
+    assert max(alive) <= 3 and inputs[1]() is second
 
 
 def _biased_encoder() -> Transformer:

@@ -9,6 +9,7 @@ import torch
 from audiolm_pytorch.saving.modules import load_module, save_module
 from musiclm_pytorch.mulan import (
     AudioSpectrogramTransformer,
+    LayerContrast,
     MuLaN,
     SigmoidContrastiveLearning,
     TextTransformer,
@@ -119,6 +120,52 @@ def test_strings_lists_and_ids_agree() -> None:
     torch.testing.assert_close(mulan(wavs, ids), mulan(wavs, TEXTS[0]))
 
 
+def _layered(weight: float = 0.5, loss: torch.nn.Module | None = None) -> MuLaN:
+    """A MuLaN with two blocks a tower, of which two pairs of layers are contrasted too."""
+    torch.manual_seed(0)
+    sizes = {"depth": 2, "heads": 2, "dim_head": 16}
+    audio = AudioSpectrogramTransformer(
+        dim=32, **sizes, patch_size=8, sample_hz=8000, num_mels=24, spec_n_fft=256, position_waves=0
+    )
+    text = TextTransformer(dim=24, **sizes, num_tokens=256)
+    return tiny_mulan(
+        audio_transformer=audio,
+        text_transformer=text,
+        loss=loss,
+        layer_contrast=LayerContrast(((0, 1), (1, 2)), weight=weight),
+    )
+
+
+@pytest.mark.parametrize("loss", [SoftmaxContrastiveLearning(decoupled=True), SigmoidContrastiveLearning()])
+def test_layers_are_contrasted_too(loss: torch.nn.Module) -> None:
+    """Oracle: the loss of the outputs, and half of those of both pairs, each with projections and loss of its own."""
+    mulan, wavs = _layered(0.5, loss), tones(110, 330, 990, 2970)
+    expected = mulan.loss(mulan.get_audio_latents(wavs), mulan.get_text_latents(TEXTS))
+    heads = mulan.layer_heads
+    with torch.no_grad():
+        heads.losses[1].log_temperature.fill_(math.log(0.5))
+    for pair, (audio_layer, text_layer) in enumerate([(0, 1), (1, 2)]):
+        audio = heads.audio_to_latent[pair](mulan.audio.embed_layers(wavs, layers=(audio_layer,))[0])
+        text = heads.text_to_latent[pair](mulan.text.embed_layers(TEXTS, layers=(text_layer,))[0])
+        latents = (torch.nn.functional.normalize(part, dim=-1) for part in (audio, text))
+        expected = expected + 0.5 * heads.losses[pair](*latents)
+    value = mulan(wavs, TEXTS)
+    torch.testing.assert_close(value, expected)
+    value.backward()
+    assert all(parameter.grad is not None for parameter in mulan.parameters())
+
+
+def test_layer_contrast_survives_saving(tmp_path: Path) -> None:
+    """Heads and temperatures of layers are saved; a MuLaN without them has neither weights nor a key for them."""
+    mulan, wavs = _layered(0.25), tones(110, 330, 990, 2970)
+    save_module(mulan, tmp_path)
+    again = load_module(tmp_path, MuLaN)
+    assert torch.equal(again(wavs, TEXTS), mulan(wavs, TEXTS)) and again.layer_contrast == mulan.layer_contrast
+    plain = tiny_mulan()
+    assert "layer_contrast" not in plain.config
+    assert not [name for name in plain.state_dict() if name.startswith("layer")]
+
+
 def test_latents_do_not_depend_on_the_batch() -> None:
     """Alone, in a batch and padded: the same to 1e-5, for audio and for text."""
     mulan, wavs = tiny_mulan(), torch.randn(3, 4000)
@@ -189,6 +236,10 @@ def test_mulan_trains_in_bfloat16() -> None:
         (lambda: tiny_mulan().get_long_audio_latents(torch.randn(1, 9000), torch.tensor([-5000])), "1..9000"),
         (lambda: tiny_mulan().get_long_audio_latents(torch.randn(1, 9000), torch.tensor([9001])), "1..9000"),
         (lambda: tiny_mulan().get_long_audio_latents(torch.randn(2, 9000), torch.tensor([9000])), "lengths"),
+        (lambda: tiny_mulan(layer_contrast=LayerContrast(((1, 1), (2, 1)))), "layer_contrast must have layers"),
+        (lambda: LayerContrast(()), "need layers >= 0"),
+        (lambda: LayerContrast(((-1, 0),)), "need layers >= 0"),
+        (lambda: LayerContrast(weight=0.0), "weight > 0"),
     ],
 )
 def test_mulan_rejects_wrong_inputs(call: Callable[[], object], words: str) -> None:
@@ -200,6 +251,6 @@ def test_mulan_rejects_wrong_inputs(call: Callable[[], object], words: str) -> N
 def test_a_text_tower_must_be_a_module() -> None:
     """Other objects would not be trained, moved or saved."""
     text = tiny_mulan().text
-    names = ("dim", "tokenize", "forward")
+    names = ("dim", "depth", "tokenize", "embed_layers", "forward")
     with pytest.raises(TypeError, match="TextTower"):
         tiny_mulan(text_transformer=SimpleNamespace(**{name: getattr(text, name) for name in names}))

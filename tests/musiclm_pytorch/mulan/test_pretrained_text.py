@@ -39,7 +39,7 @@ def folder(encoder_folders, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_embeddings_are_the_means_of_transformers_hidden_states(encoder_folders, kind):
-    """Guards the whole path from files to embeddings: tokens, special tokens, padding, mask."""
+    """Guards the whole path from files to embeddings: tokens, special tokens, padding, mask, every layer."""
     encoder = TransformersTextEncoder(encoder_folders[kind])
     assert isinstance(encoder, TextTower) and (encoder.dim, encoder.depth) == (16, 2) and not encoder.training
     tokenizer = transformers.AutoTokenizer.from_pretrained(encoder_folders[kind])
@@ -48,11 +48,16 @@ def test_embeddings_are_the_means_of_transformers_hidden_states(encoder_folders,
         CLEAN, padding=True, truncation=True, max_length=encoder.tokenize(TEXTS).shape[1], return_tensors="pt"
     )
     with torch.no_grad():
-        states = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).last_hidden_state
+        states = model(
+            input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, output_hidden_states=True
+        ).hidden_states
     mask = inputs.attention_mask.unsqueeze(-1)
-    expected = (states * mask).sum(1) / mask.sum(1)
-    torch.testing.assert_close(encoder(TEXTS), expected, rtol=0, atol=1e-5)
-    assert (expected[0] - expected[1]).abs().max() > 0.01, "the oracle distinguishes texts"
+    expected = torch.stack([(state * mask).sum(1) / mask.sum(1) for state in states])
+    torch.testing.assert_close(encoder.embed_layers(TEXTS, layers=(0, 1, 2)), expected, rtol=0, atol=1e-5)
+    assert torch.equal(encoder(TEXTS), encoder.embed_layers(TEXTS, layers=(2,))[0]), "forward is the last layer"
+    assert (expected[2, 0] - expected[2, 1]).abs().max() > 0.01, "the oracle distinguishes texts"
+    with pytest.raises(ValueError, match=r"0\.\.2"):
+        encoder.embed_layers(TEXTS, layers=(3,))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,13 +89,15 @@ def test_every_family_gives_a_text_the_same_embedding_in_any_batch(name):
     assert (encoder.dim, encoder.depth) == (16, 2)
     ids = torch.randint(5, 300, (3, 12))
     ids[1, 7:], ids[2, 1:] = -1, -1
-    together = encoder(ids)
+    together = encoder.embed_layers(ids, layers=(2, 0, 1))
     for row, length in enumerate((12, 7, 1)):
-        alone = encoder(ids[row : row + 1, :length])
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
+        alone = encoder.embed_layers(ids[row : row + 1, :length], layers=(2, 0, 1))
+        torch.testing.assert_close(together[:, row : row + 1], alone, rtol=0, atol=1e-5)
         with torch.no_grad():
-            states = model(input_ids=ids[row : row + 1, :length]).last_hidden_state
-        torch.testing.assert_close(alone, states.mean(dim=1), rtol=0, atol=1e-5)
+            out = model(input_ids=ids[row : row + 1, :length], output_hidden_states=True)
+        assert len(out.hidden_states) == 3
+        for found, state in zip(alone, (out.last_hidden_state, *out.hidden_states[:2]), strict=True):
+            torch.testing.assert_close(found, state.mean(dim=1), rtol=0, atol=1e-5)
     assert torch.equal(encoder(ids), encoder(ids)), "two calls are the same"
 
 

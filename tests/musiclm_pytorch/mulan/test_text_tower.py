@@ -74,15 +74,21 @@ def test_tower_survives_saving_with_its_tokenizer(tokenizer: TextTokenizer, tmp_
     assert torch.equal(again(CAPTIONS), tower(CAPTIONS))
 
 
-def test_text_is_the_mean_of_the_outputs_of_its_tokens(tokenizer: TextTokenizer) -> None:
-    """Tokens of padding do not count."""
+def test_layers_are_the_means_of_the_encoders_states(tokenizer: TextTokenizer) -> None:
+    """Every row of `embed_layers`, in any order; the last layer equals `forward`."""
     tower = _tower(tokenizer)
+    assert tower.depth == 2
     texts = ["slow harp", "fast violin jig with drums"]
-    found = tower(texts)
-    assert found.shape == (2, 24)
+    found = tower.embed_layers(texts, layers=(2, 0, 1, 2))
+    assert found.shape == (4, 2, 24) and torch.equal(found[0], tower(texts)) and torch.equal(found[0], found[3])
     for row, text in enumerate(texts):
-        states = tower.encoder(tower.embedding(tokenizer.encode([text])))
-        torch.testing.assert_close(found[row], states.mean(dim=1)[0], atol=1e-5, rtol=0)
+        state = tower.embedding(tokenizer.encode([text]))
+        torch.testing.assert_close(found[1, row], state.mean(dim=1)[0], atol=1e-5, rtol=0)
+        for layer, block_states in ((2, tower.encoder.hidden_states(state, layers=(1,))[0]), (0, tower.encoder(state))):
+            torch.testing.assert_close(found[layer, row], block_states.mean(dim=1)[0], atol=1e-5, rtol=0)
+    for layer in (-1, 3):
+        with pytest.raises(ValueError, match=r"0\.\.2"):
+            tower.embed_layers(texts, layers=(layer,))
 
 
 def test_words_of_captions_are_the_most_frequent_ones() -> None:

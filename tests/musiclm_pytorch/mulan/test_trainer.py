@@ -16,6 +16,7 @@ from audiolm_pytorch.saving.modules import load_module
 from musiclm_pytorch.mulan import AudioSpectrogramTransformer, MuLaN, TextTransformer
 from musiclm_pytorch.mulan.captions import CaptionSampler
 from musiclm_pytorch.mulan.joint import JointEmbedding
+from musiclm_pytorch.mulan.layers import LayerContrast
 from musiclm_pytorch.mulan.trainer import MuLaNTrainer
 from tests.helpers.tiny_mulan import tiny_mulan, tones
 
@@ -178,6 +179,18 @@ def test_chunks_do_not_change_the_weights(corpus: Path, tmp_path: Path) -> None:
         ends.append(_weights(trainer))
     for name, tensor in ends[0].items():
         torch.testing.assert_close(ends[1][name], tensor, atol=1e-5, rtol=0, msg=name)
+
+
+def test_chance_counts_the_layers_that_are_contrasted_too(corpus: Path, tmp_path: Path) -> None:
+    """Oracle: the loss of a model whose projections are zero, so that every latent is the same."""
+    mulan = tiny_mulan(layer_contrast=LayerContrast(layers=((0, 1), (1, 1)), weight=0.5))
+    with torch.no_grad():
+        for name, parameter in mulan.named_parameters():
+            if "to_latent" in name:
+                parameter.fill_(float(name.endswith("bias")))
+    task = _trainer(corpus, tmp_path, mulan=mulan).task
+    loss = task.loss(task.batch([(0, index) for index in range(8)]), 0).loss.item()
+    assert task.chance["loss"] == pytest.approx(2 * math.log(8)) and loss == pytest.approx(2 * math.log(8))
 
 
 def test_batch_holds_every_text_with_its_clip(corpus: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.saving.files import read_weights
 from musiclm_pytorch.mulan import MuLaN, SigmoidContrastiveLearning, SoftmaxContrastiveLearning
 from musiclm_pytorch.mulan.captions import CaptionSampler
+from musiclm_pytorch.mulan.layers import LayerContrast
 from musiclm_pytorch.mulan.trainer import MuLaNTrainer
 from tests.helpers.processes import run_two_processes
 from tests.helpers.tiny_mulan import tiny_mulan, tones
@@ -22,9 +23,10 @@ PITCHES_HZ = [100 + 90 * clip for clip in range(11)]
 
 def models() -> dict[str, tuple[MuLaN, int | None]]:
     """Models to train, each with its chunk size."""
+    layers = LayerContrast(layers=((1, 1),), weight=0.5)
     return {
         "softmax": (tiny_mulan(), None),
-        "chunks": (tiny_mulan(), 3),
+        "chunks and layers": (tiny_mulan(layer_contrast=layers), 3),
         "decoupled": (tiny_mulan(loss=SoftmaxContrastiveLearning(decoupled=True)), None),
         "sigmoid": (tiny_mulan(loss=SigmoidContrastiveLearning()), 3),
     }

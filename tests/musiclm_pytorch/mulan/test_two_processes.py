@@ -20,7 +20,7 @@ SIZES = ((4, 3), (1, 2))
 
 
 def _model(kind: str) -> mulan.MuLaN:
-    """A mulan.MuLaN of two blocks, with the loss of that name."""
+    """A mulan.MuLaN of two blocks, with the loss of that name; "layers" = softmax with layers contrasted too."""
     torch.manual_seed(0)
     sizes = {"dim": 32, "depth": 2, "heads": 2, "dim_head": 16}
     audio = mulan.AudioSpectrogramTransformer(**sizes, patch_size=8, sample_hz=8000, num_mels=24, spec_n_fft=256)
@@ -32,6 +32,7 @@ def _model(kind: str) -> mulan.MuLaN:
         audio_transformer=audio,
         text_transformer=mulan.TextTransformer(**sizes, num_tokens=256),
         loss=loss,
+        layer_contrast=mulan.LayerContrast(((0, 1), (1, 2)), weight=0.5) if kind == "layers" else None,
     ).train()
 
 
@@ -78,7 +79,7 @@ def _assert_as_one_process(own: dict[str, Tensor], kind: str) -> None:
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_joined_batch(tmp_path: Path) -> None:
     """Fault 11: loss, gradients and weights of a whole mulan.MuLaN after two steps in chunks, the last one short."""
-    kinds = ["softmax", "decoupled", "sigmoid", "fault"]
+    kinds = ["softmax", "decoupled", "sigmoid", "layers", "fault"]
     torch.multiprocessing.spawn(_process, (str(tmp_path), kinds), nprocs=2)
     for rank in range(2):
         for kind in kinds[:-1]:
