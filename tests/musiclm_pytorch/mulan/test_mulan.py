@@ -12,6 +12,7 @@ from musiclm_pytorch.mulan import (
     LayerContrast,
     MuLaN,
     SigmoidContrastiveLearning,
+    SoftmaxContrastiveLearning,
     TextTransformer,
     average_latents,
 )
