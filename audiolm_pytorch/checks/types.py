@@ -25,7 +25,8 @@ class _TooLargeError(ValueError):
 
 
 # Types of arguments in which NaN and infinity are looked for. Lists of other objects cost little.
-_SCANNED = (float, int, np.float64, np.float32, np.float16, list, tuple)
+_PLAIN = frozenset((float, int))
+_SCANNED = _PLAIN | {np.float64, np.float32, np.float16, list, tuple}
 # Seeds, the largest numbers with a use, are smaller.
 _TOO_LARGE, _INFINITE = 2**64, (float("inf"), -float("inf"))
 
@@ -61,9 +62,14 @@ def typed(target: Target) -> Target:
     def call(*args: Any, **keywords: Any) -> Any:
         while True:
             for value in (*args, *keywords.values()):
-                if type(value) in _SCANNED and any(_is_wrong(number, is_constructor) for number in _numbers(value)):
+                kind = type(value)
+                if kind in _PLAIN:
+                    is_wrong = not -_TOO_LARGE < value < _TOO_LARGE  # fast; also True for NaN
+                else:
+                    is_wrong = kind in _SCANNED and any(_is_wrong(item, is_constructor) for item in _numbers(value))
+                if is_wrong:
                     _refuse_number(target, inspect.signature(target).bind_partial(*args, **keywords), is_constructor)
-                if type(value) is str and not value:
+                if kind is str and not value:
                     _refuse_empty_path(inspect.signature(target).bind_partial(*args, **keywords))
             try:
                 return checked(*args, **keywords)
