@@ -81,6 +81,7 @@ class SlidingWindowDecoder:
         prompt: TokenBatch | None = None,
         window_frames: int | None = None,
         stride_frames: int | None = None,
+        margin_frames: int = 0,
         batch_size: int = 1,
         conditioning: Conditions | Callable[[range], Conditions] | None = None,
         changes: Sequence[tuple[Tensor, Conditions]] = (),
@@ -113,7 +114,14 @@ class SlidingWindowDecoder:
         self._inputs = {name: GrowingTokens(batch, model.device) for name, batch in (inputs or {}).items()}
         self._inputs |= {name: source.tokens for name, source in self._sources.items()}
         alignment, longest = model.layout.frame_alignment, int(self._requested.max())
-        self._windows = plan_windows(longest, window_frames, alignment, stride_frames)
+        self._window_frames = longest if window_frames is None else window_frames
+        is_long = longest > self._window_frames
+        shorter = (
+            (self._window_frames - margin_frames) // alignment * alignment
+            if is_long and margin_frames
+            else window_frames
+        )
+        self._windows = plan_windows(longest, shorter, alignment, stride_frames)
         self._window_index = 0  # of the current or, between windows, of the next window
         self._longest = 0  # frames of the longest item, for the callback
         self._session: DecodeSession | None = None
@@ -200,7 +208,9 @@ class SlidingWindowDecoder:
         """Go to the next window in which items lack frames. Return these items, and the stop frame of each item."""
         num_frames, known = self.num_frames, self.known_frames
         while True:
-            stops = num_frames.clamp(max=self._windows[self._window_index].stop)
+            window = self._windows[self._window_index]
+            ends_here = num_frames <= window.start + self._window_frames
+            stops = torch.where(ends_here, num_frames, num_frames.clamp(max=window.stop))
             for frames in self._change_frames:
                 stops = torch.where(frames > known, stops.minimum(frames), stops)
             items = (known < stops).nonzero().flatten()

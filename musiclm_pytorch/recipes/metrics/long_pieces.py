@@ -112,7 +112,10 @@ def seams_of(model: "MusicLM", seconds: float) -> dict[str, list[float]]:
         rate = stage.layout.predicted[0].exact_hz
         semantic_frames = semantic.num_frames(round(seconds * semantic.target_sample_hz))
         num_frames = semantic_frames if name == "semantic" else num_samples // codec.downsample_factor
-        windows = plan_windows(num_frames, stage.window_frames, stage.layout.frame_alignment)
+        longest, alignment = stage.window_frames, stage.layout.frame_alignment
+        if longest is not None and num_frames > longest:
+            longest = (longest - longest // 25) // alignment * alignment  # as in AudioLM
+        windows = plan_windows(num_frames, longest, alignment)
         seams[name] = [float(window.stop / rate) for window in windows[:-1]]
     return seams
 
