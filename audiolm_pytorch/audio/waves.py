@@ -19,6 +19,7 @@ __all__ = [
     "check_samples",
     "checked_wave",
     "mono_waves",
+    "one_mono_wave",
     "split_batch",
     "with_channels",
 ]
@@ -116,6 +117,17 @@ def split_batch(waves: Tensor, name: str = "wave") -> list[Tensor]:
     if waves.ndim not in (1, 2, 3):
         raise ValueError(f"{name} must be [n], [b, n] or [b, c, n], got shape {list(waves.shape)}")
     return [waves] if waves.ndim == 1 else list(waves)
+
+
+def one_mono_wave(wave: Any, name: str = "wave") -> Tensor:
+    """Check one mono recording `[n]`, which may have a batch axis and a channel axis of size 1; return it as `[n]`."""
+    waves = mono_waves(wave, name=name)
+    if len(waves) != 1:
+        raise ValueError(
+            f"{name} must be one recording [n], got shape {list(wave.shape)}; pass one item at a time, or mix channels "
+            "down with wave.mean(dim=0)"
+        )
+    return waves[0]
 
 
 def with_channels(wave: Tensor, channels: int | None, name: str = "wave") -> Tensor:

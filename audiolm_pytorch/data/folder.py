@@ -16,6 +16,8 @@ _TABLE_NAMES = ("metadata.jsonl", "metadata.csv")
 _TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 # A folder `samples` beside one of these files belongs to a training run.
 _RUN_FILES, _SAMPLES = ("metrics.jsonl", "run.json"), "samples"
+# Folders of `musiclm evaluate music`, whose clips are listed in a manifest with this name.
+_EVALUATED, _CLIP_MANIFEST = ("codec_copies", "generated"), "manifest.jsonl"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ def scan_folder(folder: Path, suffixes: tuple[str, ...] = AUDIO_SUFFIXES) -> Fol
 
     Hidden files are skipped.
     Links to folders are followed, but each folder is searched once. Audio that cannot be decoded by its suffix, links
-    without a target, folders that cannot be read and the samples of training runs are left out with a reason.
+    without a target, folders that cannot be read, the samples of training runs and the clips of evaluations are left
+    out with a reason.
     """
     if not folder.is_dir():
         reason = (
@@ -105,6 +108,8 @@ class _Search:
                     self._add_file(path)
                 elif is_run and entry.name == _SAMPLES:
                     self.rejected[path] = "samples of a training run"
+                elif entry.name in _EVALUATED and (self.root / path / _CLIP_MANIFEST).is_file():
+                    self.rejected[path] = "clips of an evaluation"
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append(path)
                 elif entry.is_dir():

@@ -112,6 +112,18 @@ def _local_path(text: str) -> Path:
     return Path(url2pathname(url.path))
 
 
+def _identity(item: AudioItem) -> str:
+    return os.path.realpath(item.path) if item.load is None else f"{id(item.load)}"
+
+
+def _warn_of_overlap(train: Sequence[AudioItem], valid: Sequence[AudioItem]) -> None:
+    """Log the validation files that are also training files."""
+    in_training = {_identity(item) for item in train}
+    if common := [printable(item.path) for item in valid if _identity(item) in in_training]:
+        shown = ", ".join(common[:_MAX_REJECTED_IN_LOG])
+        logger.warning("%d of %d validation files are also training files: %s", len(common), len(valid), shown)
+
+
 def _without_repetitions(parts: Sequence[Sequence[AudioItem]]) -> list[AudioItem]:
     """Join the items of several sources to one list, in which no file of one source is repeated by another source.
 
@@ -120,7 +132,7 @@ def _without_repetitions(parts: Sequence[Sequence[AudioItem]]) -> list[AudioItem
     known: set[str] = set()
     kept: list[AudioItem] = []
     for part in parts:
-        names = [os.path.realpath(item.path) if item.load is None else f"{id(item.load)}" for item in part]
+        names = [_identity(item) for item in part]
         kept += [item for item, name in zip(part, names) if name not in known]
         if repeated := [printable(item.path) for item, name in zip(part, names) if name in known]:
             shown = ", ".join(repeated[:_MAX_REJECTED_IN_LOG])
@@ -353,6 +365,7 @@ def load_split(
         manifests = [_source_path(source) / name for name in (_TRAIN_MANIFEST, _VALID_MANIFEST)]
         if all(manifest.is_file() for manifest in manifests):
             train, valid = (load_items(manifest, *needs).items for manifest in manifests)
+            _warn_of_overlap(train, valid)
             return train, valid
     return split_items(load_items(source, *needs).items, valid_fraction, seed)
 
@@ -396,6 +409,7 @@ def training_items(
     )
     if not train:
         raise ValueError("got an empty list of training items; pass at least one audio item")
+    _warn_of_overlap(train, valid)
     requirements = Requirements(min_seconds, channels)
     reasons = [(item, requirements.reason(item)) for item in (*train, *valid)]
     if unusable := [Rejected(item.path, reason) for item, reason in reasons if reason is not None]:

@@ -194,7 +194,8 @@ class DecodeSession:
         mask = ids != model.layout.num_ids
         if copies == 2:
             all_items = torch.ones(self.batch, dtype=torch.bool)
-            unconditional = model.layout.without_conditions(PackedTokens(ids, mask, mask), all_items)
+            packed = PackedTokens(ids, mask, mask, model.layout.streams, model.layout.pattern)
+            unconditional = model.layout.without_conditions(packed, all_items)
             ids, mask = torch.cat((ids, unconditional.ids)), torch.cat((mask, unconditional.input_mask))
         if self.transformer is None:
             self.transformer = CachedTransformer(model.transformer, copies * self.batch)

@@ -157,6 +157,7 @@ class TokenTransformer(SavedModule):
             input_ids: Ids `[b, rows, columns]` that the model reads instead of `packed.ids`, for example with noise;
                 the targets are always `packed.ids`.
         """
+        self.layout.check_packed(packed)
         batch, targets = len(packed.ids), packed.ids
         packed = packed if input_ids is None else replace(packed, ids=input_ids)
         conditions = dict(conditioning or {})

@@ -142,10 +142,11 @@ class StageTrainer:
             augmentations: dict[str, Any] = {"augment_text": augment_text, "augment_waves": augment_waves}
             train = WaveSource(train_items, transformer, text_prob=text_prob, **augmentations, **options)
             valid = WaveSource(valid_items, transformer, **options)
-        if transformer.text_dim is not None and not train.has_captions:
+        if (transformer.text_dim is not None or text_prob > 0) and not train.has_captions:
+            setting = f"{text_prob=}" if transformer.text_dim is None else f"text_dim={transformer.text_dim}"
             raise ValueError(
-                f"the {transformer.namespace} transformer has a text_dim, but none of {len(train)} recordings has a "
-                "caption; add captions to the manifest, or build the stage without a text_dim"
+                f"the {transformer.namespace} transformer is trained with {setting}, but none of {len(train)} "
+                "recordings has a caption; add captions to the manifest, or train without this setting"
             )
         if not all_shards:
             _warn_of_unused(transformer, wav2vec, codec, train, bool(conditioners))

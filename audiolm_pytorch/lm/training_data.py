@@ -349,6 +349,8 @@ class ShardSource(StageSource):
     @property
     def has_captions(self) -> bool:
         """Whether any recording in the shards has a caption."""
+        if self.text_prob > 0 and not self.uses_captions:
+            return self.shards.longest("text_latents") > 0
         records = range(len(self)) if "captions" in self.shards.fields else ()
         return any(decode_texts(self.shards[index]["captions"]) for index in records)
 

@@ -178,6 +178,15 @@ class TokenLayout:
             num_frames={name: requested[:, index] for index, name in enumerate(self._names)},
         )
 
+    def check_packed(self, packed: PackedTokens) -> None:
+        """Raise a ValueError if another layout has packed the rows."""
+        if (packed.streams, packed.pattern) != (self.streams, self.pattern):
+            names = [stream.name for stream in packed.streams]
+            raise ValueError(
+                f"got rows that a {packed.pattern} layout of the streams {names} has packed, the model needs rows of "
+                f"its {self.pattern} layout of {self._names} with equal sizes; pack the tokens with model.layout.pack"
+            )
+
     @typed
     def unpack(self, ids: Tensor, num_frames: Mapping[str, int | Tensor]) -> dict[str, Tensor]:
         """Extract all token streams from packed rows of ids.
@@ -188,7 +197,7 @@ class TokenLayout:
 
         Returns:
             Tokens `[b, f, levels]` int64 by stream name. The value -1 marks frames after the end of an item, frames
-            that are not in `ids`, and null tokens.
+            that are not in `ids`, and ids that are not tokens of the stream.
         """
         counts = frame_counts(self.streams, num_frames, len(ids))
         block, frame = (part.to(ids.device) for part in self._stacked_tables(counts, None))
@@ -198,10 +207,12 @@ class TokenLayout:
                 f"ids must be [b, {num_rows}, {num_columns}] for the numbers of frames {dict(num_frames)}, got "
                 f"{tuple(ids.shape)}"
             )
-        ids = ids[:, :num_rows]
-        local = ids - self._first_id_of_block.to(ids.device)[block]
-        if self.null_id is not None:
-            local = local.masked_fill(ids == self.null_id, -1)
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) <= self.num_ids:
+            raise ValueError(
+                f"ids must be in 0..{self.num_ids} in this layout, got {int(ids.min())}..{int(ids.max())}; unpack the "
+                "rows with the layout that packed them"
+            )
+        local = ids[:, :num_rows] - self._first_id_of_block.to(ids.device)[block]
         unpacked = {
             stream.name: ids.new_full((len(ids), int(count.max()), stream.num_levels), -1)
             for stream, count in zip(self.streams, counts.T)
@@ -210,7 +221,9 @@ class TokenLayout:
             if source.is_token:
                 item, row, column = (block == number).nonzero(as_tuple=True)
                 tokens = unpacked[self._names[source.stream]]
-                tokens[item, frame[item, row, column], source.level] = local[item, row, column]
+                values, size = local[item, row, column], self.streams[source.stream].vocab_size
+                is_other = (values < 0) | (values >= size)
+                tokens[item, frame[item, row, column], source.level] = values.masked_fill(is_other, -1)
         return unpacked
 
     @typed
@@ -220,6 +233,7 @@ class TokenLayout:
         Null tokens replace the tokens of streams without a frame rate, and the cells of other streams become empty. No
         row is removed, so that the two halves of a batch for classifier-free guidance have equal numbers of rows.
         """
+        self.check_packed(packed)
         if drop.shape != packed.ids.shape[:1] or drop.dtype != torch.bool:
             raise ValueError(f"drop must be bool [{len(packed.ids)}], got {drop.dtype} {tuple(drop.shape)}")
         if not self.has_conditions:
@@ -263,4 +277,5 @@ class TokenLayout:
         local = values.gather(1, rearrange(position, "b r c -> b (r c)")).view_as(position)
         ids = local + self._first_id_of_block[block].to(values.device)
         is_predicted = self._head_of_block[block] >= 0
-        return PackedTokens(ids, (block != EMPTY).to(values.device), is_predicted.to(values.device))
+        masks = (block != EMPTY).to(values.device), is_predicted.to(values.device)
+        return PackedTokens(ids, *masks, self.streams, self.pattern)

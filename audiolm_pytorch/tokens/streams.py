@@ -78,10 +78,12 @@ class Stream:
         wrong = {name: number for name, number in numbers.items() if number is not None and number <= 0}
         if wrong:
             raise ValueError(f"stream '{self.name}' needs positive numbers, got {wrong}")
-        if max(self.num_levels, self.vocab_size / 2**20) > _MAX_LEVELS:
+        num_tables = self.num_levels * (1 + self.lookahead_frames)
+        if max(num_tables, self.vocab_size / 2**20) > _MAX_LEVELS:
             raise ValueError(
-                f"stream '{self.name}' has num_levels={self.num_levels} and vocab_size={self.vocab_size}; at most "
-                f"{_MAX_LEVELS} levels of {_MAX_LEVELS * 2**20} tokens are possible"
+                f"stream '{self.name}' has num_levels={self.num_levels}, lookahead_frames={self.lookahead_frames} and "
+                f"vocab_size={self.vocab_size}; at most {_MAX_LEVELS} levels, also counting those of the look-ahead "
+                f"frames, of {_MAX_LEVELS * 2**20} tokens are possible"
             )
         if self.num_levels % self.num_groups:
             raise ValueError(
@@ -222,15 +224,20 @@ class PackedTokens:
         ids: `[b, rows, columns]` int64 ids of the layout; undefined where `input_mask` is False.
         input_mask: `[b, rows, columns]` bool, True where a row and column contain a token.
         loss_mask: `[b, rows, columns]` bool, True where the model must predict the token.
+        streams: Streams of the layout.
+        pattern: Pattern of the layout.
     """
 
     ids: Tensor
     input_mask: Tensor
     loss_mask: Tensor
+    streams: tuple[Stream, ...]
+    pattern: str
 
     def to(self, device: torch.device | str) -> "PackedTokens":
         """Copy all tensors to a device."""
-        return PackedTokens(self.ids.to(device), self.input_mask.to(device), self.loss_mask.to(device))
+        tensors = self.ids.to(device), self.input_mask.to(device), self.loss_mask.to(device)
+        return PackedTokens(*tensors, self.streams, self.pattern)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.audio.resample import resample
-from audiolm_pytorch.audio.waves import mono_waves
+from audiolm_pytorch.audio.waves import one_mono_wave
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.module_state import device_of
 from musiclm_pytorch.quantizer.embed_quantizer import Modality, MuLaNEmbedQuantizer
@@ -36,6 +36,9 @@ class Mixture:
         weights = [weight for _, weight in self.parts]
         if not all(isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights) > 0:
             raise ValueError(f"parts need finite weights that are not negative and not all 0, got {weights}")
+        for number, (part, _) in enumerate(self.parts):
+            if isinstance(part, Tensor):
+                one_mono_wave(part, name=f"the wave of part {number}")
 
     def __repr__(self) -> str:
         """Return all parts with their weights, for titles and messages."""
@@ -144,5 +147,5 @@ def _story_of(prompt: MusicPrompt) -> list[tuple[float, Mixture]]:
 def _audio_latent(part: Path | Tensor, quantizer: MuLaNEmbedQuantizer, sample_hz: int) -> Tensor:
     """Embed a recording as a latent `[d]`."""
     wave, wave_hz = (part, sample_hz) if isinstance(part, Tensor) else read_audio(part)
-    wave = resample(mono_waves(wave, name="the recording"), wave_hz, quantizer.sample_hz)
+    wave = resample(one_mono_wave(wave, name="the recording"), wave_hz, quantizer.sample_hz)
     return quantizer.mulan.get_long_audio_latents(wave.to(device_of(quantizer)))[0]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.padding import checked_lengths
 from audiolm_pytorch.audio.units import samples_in
-from audiolm_pytorch.audio.waves import mono_waves
+from audiolm_pytorch.audio.waves import mono_waves, one_mono_wave
 from audiolm_pytorch.checks.types import described, typed
+from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.saving.modules import SavedModule
 
 __all__ = ["JointEmbedding", "average_latents"]
@@ -74,10 +75,8 @@ class JointEmbedding(SavedModule, ABC):
 
         A recording shorter than a window is embedded as one window. Samples after the last full window are left out.
         """
-        wavs = mono_waves(wav, name="wav")
-        if len(wavs) != 1:
-            raise ValueError(f"wav must be one recording [n], got shape {list(wav.shape)}; pass one item at a time")
-        wav = wavs[0]
+        wav = one_mono_wave(wav, name="wav")
+        check_positive(max_batch=max_batch)
         if len(wav) <= self.window_samples:
             return self.get_audio_latents(wav.unsqueeze(0))
         windows = wav.unfold(0, self.window_samples, self.window_stride_samples)

@@ -88,6 +88,8 @@ class ContrastiveLoss(SavedModule, ABC):
         clip_index = _checked_clip_index(audio_latents, text_latents, captions, clip_index)
         if (negative_latents is None) != (negative_index is None):
             raise ValueError("got only one of negative_latents and negative_index; pass both or neither")
+        if negative_latents is not None and negative_index is not None:
+            _check_negatives(audio_latents, negative_latents, negative_index)
         with torch.autocast(device_type=audio_latents.device.type, enabled=False):
             negatives = (negative_latents, negative_index)
             return self._loss(self._pairs(audio_latents, text_latents, captions, clip_index, *negatives))
@@ -137,6 +139,18 @@ class ContrastiveLoss(SavedModule, ABC):
         rows = gather_batch(negative_index.to(audio.device) + first_row, counts)
         own_negative = rows == torch.arange(len(audio), device=audio.device).unsqueeze(1)
         return pairs._replace(negatives=audio @ false_texts.T / temperature, own_negative=own_negative)
+
+
+def _check_negatives(audio: Tensor, negatives: Tensor, index: Tensor) -> None:
+    """Check that each hard negative `[m, d]` has the row of a clip in `index`."""
+    if negatives.ndim != 2 or negatives.shape[1] != audio.shape[1] or not negatives.is_floating_point():
+        raise ValueError(f"negative_latents must be floats [m, {audio.shape[1]}], got {described(negatives)}")
+    is_integer = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+    if index.shape != negatives.shape[:1] or not is_integer or ((index < 0) | (index >= len(audio))).any():
+        raise ValueError(
+            f"negative_index must be [{len(negatives)}] integers in 0..{len(audio) - 1}, the row of the clip of each "
+            f"hard negative, got {index.tolist()}"
+        )
 
 
 def _single_or_double(latents: Tensor) -> Tensor:

@@ -131,6 +131,8 @@ class MuLaN(JointEmbedding):
         text = _in_chunks(self._text_levels, chunk_size, ids)
         losses = (self.loss, *self.layer_heads.losses)
         levels: list[tuple[Tensor, ...]] = [(t, captions, clip_index) for t in text.unbind(1)]  # type: ignore[misc]
+        if (negatives is None) != (negative_index is None):
+            raise ValueError("got only one of negatives and negative_index; pass both or neither")
         if negatives is not None and negative_index is not None:
             false_text = _in_chunks(self._text_levels, chunk_size, self.text.tokenize(negatives))
             levels = [(*level, n, negative_index) for level, n in zip(levels, false_text.unbind(1))]

@@ -1,6 +1,7 @@
 """Training of MuLaN, or of another joint embedding with a contrastive loss."""
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -92,6 +93,7 @@ class MuLaNTask:
         # Every process needs hard negatives in every batch, since the processes gather them.
         self._negatives = [hard_negatives_of(item) for item in captioned]
         self._has_negatives = all(self._negatives)
+        self._check_contrast()
         if self._has_negatives:
             self.config["hard_negatives"] = True
         elif any(self._negatives):
@@ -117,6 +119,19 @@ class MuLaNTask:
         if isinstance(self.mulan, MuLaN) and self.mulan.layer_contrast is not None:
             value *= 1 + self.mulan.layer_contrast.weight * len(self.mulan.layer_contrast.layers)
         return {"loss": value, **chance}
+
+    def _check_contrast(self) -> None:
+        """Check that the batch of all processes has several clips, and warn if all clips have the same text."""
+        if self._has_negatives:
+            return
+        if self.batch_size * int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise ValueError("got batch_size=1, with which no text is contrasted with another; use 2 or more")
+        texts = {text for item in self.dataset.items for text in (*texts_of(item), *aspects_of(item))}
+        if len(texts) == 1:
+            logger.warning(
+                "all %d files have the text %r, so that the loss is 0; use different captions",
+                *(self.num_items, texts.pop()),
+            )
 
     def batch(self, indices: list[tuple[int, int]]) -> dict[str, Tensor]:
         """Load the crops and texts of clips; `indices` contains a pair (epoch, index of the clip) for each clip."""

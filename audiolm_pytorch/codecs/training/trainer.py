@@ -112,6 +112,10 @@ class SoundStreamTrainer:
             module_spec(discriminators)  # raises now, and not when they are saved at the end
         if unquantized_steps is None:
             unquantized_steps = num_train_steps // 10 if codebooks_are_untrained(soundstream) else 0
+        if unquantized_steps >= num_train_steps:
+            raise ValueError(
+                f"the quantizer would never be trained in {num_train_steps} steps; lower {unquantized_steps=}"
+            )
         has_reconstruction_loss = loss_weights.mel > 0 or loss_weights.waveform > 0
         if adversarial_start_step is None:
             adversarial_start_step = num_train_steps // 4 if has_reconstruction_loss else 0

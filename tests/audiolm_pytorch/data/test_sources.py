@@ -114,6 +114,35 @@ def test_names_in_any_encoding_are_read_and_escaped_in_logs(
     assert [item.path for item in load_items(tmp_path / "data").items] == [hostile[0]]
 
 
+def test_clips_of_evaluations_are_no_training_data(tmp_path: Path, write_tone: WriteTone) -> None:
+    """A report in a folder inside the data does not add its codec copies and generated clips to the data."""
+    write_tone("data/a.wav", 0.2)
+    write_tone("data/generated/b.wav", 0.2)
+    before = load_items(tmp_path / "data").items
+    assert len(before) == 2
+    for name in ("codec_copies", "generated"):
+        write_tone(f"data/report/{name}/00000.flac", 0.2)
+        (tmp_path / "data" / "report" / name / "manifest.jsonl").write_text("{}\n")
+    report = load_items(tmp_path / "data")
+    assert report.items == before
+    assert [item.reason for item in report.rejected] == ["clips of an evaluation"] * 2
+
+
+def test_files_for_training_and_validation_are_reported(
+    tmp_path: Path, write_tone: WriteTone, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In two manifests, or in two lists of items: validation would measure what was memorised."""
+    for name in ("a", "b"):
+        write_tone(f"{name}.wav", 0.2)
+    (tmp_path / "train.jsonl").write_text('{"audio": "a.wav"}\n{"audio": "b.wav"}\n')
+    (tmp_path / "valid.jsonl").write_text('{"audio": "b.wav"}\n')
+    items = load_split(tmp_path)
+    assert "1 of 1 validation files are also training files" in caplog.text
+    caplog.clear()
+    training_items(None, items)
+    assert "1 of 1 validation files are also training files" in caplog.text
+
+
 def test_samples_of_runs_are_no_training_data(tmp_path: Path, write_tone: WriteTone) -> None:
     """A run in a folder inside the data, or in the data itself, does not add its own samples to the data."""
     write_tone("data/a.wav", 0.2)

@@ -113,7 +113,8 @@ def compare(session: DecodeSession, monkeypatch: pytest.MonkeyPatch) -> int:
         fused = stage.fuse(session._doubled_conditions(), session.copies * session.batch)
         if session.copies == 2:
             everybody = torch.ones(session.batch, dtype=torch.bool)
-            ids = torch.cat((ids, stage.layout.without_conditions(PackedTokens(ids, mask, mask), everybody).ids))
+            packed = PackedTokens(ids, mask, mask, stage.layout.streams, stage.layout.pattern)
+            ids = torch.cat((ids, stage.layout.without_conditions(packed, everybody).ids))
             mask = mask.repeat(2, 1, 1)
         hidden = stage.hidden(ids, mask, fused)
         items = torch.arange(len(ids))

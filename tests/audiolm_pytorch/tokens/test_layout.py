@@ -349,6 +349,20 @@ def test_wrong_tokens_raise_errors():
         TokenLayout([Stream("b", 5), Stream("c", 5)], "parallel").table({"b": 2, "c": 3})
 
 
+def test_rows_of_another_layout_are_refused():
+    """The loss of foreign rows would be 0, or that of wrong tokens."""
+    names = stages(pattern="delayed")
+    others = [names["semantic"].layout, TokenLayout(names["coarse"].layout.streams, "parallel")]
+    for layout in others:
+        streams = {one.name: torch.zeros(2, 6, one.num_levels, dtype=torch.long) for one in layout.streams}
+        with pytest.raises(ValueError, match="rows that a .* layout of the streams .* has packed"):
+            names["coarse"](layout.pack(streams))
+    with pytest.raises(ValueError, match=r"ids must be in 0..\d+ in this layout, got 999..999"):
+        TokenLayout([TARGET]).unpack(torch.full((1, 13, 1), 999), {"a": 4})
+    foreign = TokenLayout([INPUT, TARGET]).unpack(torch.zeros(1, 20, 1, dtype=torch.long), {"s": 3, "a": 4})
+    assert all((ids == -1).all() for ids in foreign.values())
+
+
 def test_impossible_layouts_raise_errors():
     """Errors name the stream, the value and what is needed."""
     with pytest.raises(ValueError, match="unknown pattern 'spiral'; use one of"):
@@ -367,6 +381,7 @@ def test_impossible_layouts_raise_errors():
         ({"num_levels": 5, "num_groups": 2}, "num_levels=5, which is not a multiple of num_groups=2"),
         ({"is_input": True, "eos": True}, "cannot predict its end"),
         ({"rate_hz": None}, "needs a rate_hz"),
+        ({"is_input": True, "lookahead_frames": 10**6}, "lookahead_frames=1000000 .* at most 2048 levels"),
     ]:
         with pytest.raises(ValueError, match=match):
             Stream(**{"name": "x", "vocab_size": 5, **wrong})

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from audiolm_pytorch import SoundStream, SoundStreamTrainer
+from audiolm_pytorch.data.shards import TokenShards, write_shards
 from audiolm_pytorch.lm.trainers import FineTransformerTrainer, SemanticTransformerTrainer
 from audiolm_pytorch.semantic.best_rq import training as best_rq_training
 from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer
@@ -76,6 +78,22 @@ def test_recordings_without_captions_are_not_reported(write_folder: Any, caplog:
     assert caplog.messages == []
 
 
+def test_text_prob_without_captions_is_refused(write_folder: Any, tmp_path: Path) -> None:
+    """The stage would be trained on codes of audio alone, from files and from shards."""
+    condition: dict[str, Any] = {"audio_conditioner": FakeConditioner(), "text_prob": 0.5}
+    with pytest.raises(ValueError, match="text_prob=0.5, but none of 3 recordings has a caption"):
+        semantic_trainer(write_folder(num_files=4, sample_hz=SAMPLE_HZ), **condition)
+    record = {"semantic": np.arange(50) % 12, "latents": np.ones((1, 2)), "text_latents": np.ones((0, 2))}
+    write_shards(tmp_path / "shards", lambda _: record, 2, {})
+    with pytest.raises(ValueError, match="text_prob=0.5, but none of 2 recordings has a caption"):
+        SemanticTransformerTrainer(
+            transformer=tiny_stages(**CONDITION)["semantic"],
+            shards=TokenShards(tmp_path / "shards"),
+            **condition,
+            **SIZES,
+        )
+
+
 def test_unused_tokenizers_are_reported(write_folder: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A codec for the semantic stage, and a semantic tokenizer for the fine stage, have no influence."""
     folder = write_folder(num_files=4, sample_hz=SAMPLE_HZ)
@@ -98,6 +116,12 @@ def test_unused_settings_of_the_codec_trainer_are_reported(write_folder: Any, ca
     unused: dict[str, Any] = {"adversarial_start_step": 1, "discriminator_lead_steps": 1, "noise_snr_db": (0.0, 5.0)}
     SoundStreamTrainer(small_codec(), folder=write_folder(num_files=3, sample_hz=8000), **SIZES, **unused)
     assert [message.partition("=")[0] for message in caplog.messages] == list(unused)
+
+
+def test_a_codec_must_train_its_quantizer(write_folder: Any) -> None:
+    """With too many unquantized steps, the saved codec would have untrained codebooks."""
+    with pytest.raises(ValueError, match="never be trained in 2 steps; lower unquantized_steps=2"):
+        SoundStreamTrainer(small_codec(), folder=write_folder(num_files=3), unquantized_steps=2, **SIZES)
 
 
 def test_codebooks_start_from_two_passes_of_the_encoder(

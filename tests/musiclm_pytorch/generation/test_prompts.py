@@ -82,6 +82,14 @@ def test_a_recording_in_a_mixture_has_the_codes_of_its_audio(musiclm: MusicLM, t
     torch.testing.assert_close(of_file.latent, entry.latent, atol=0.01, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(2, 800), (2, 1, 800), (1, 2, 800)])
+def test_a_recording_in_a_mixture_is_one_mono_wave(shape: tuple[int, ...]) -> None:
+    """Of a batch or of several channels, only the first row would be used."""
+    with pytest.raises(ValueError, match="the wave of part 1 must be .*mix"):
+        Mixture([(LOW, 1), (torch.zeros(shape), 1)])
+    Mixture([(torch.zeros(1, 1, 800), 1)])
+
+
 def test_weights_move_a_mixture_from_one_part_to_the_other(musiclm: MusicLM) -> None:
     """The similarity to one text falls and that to the other rises with the weight; halfway, they are equal."""
     quantizer = musiclm.mulan_embed_quantizer

@@ -106,6 +106,9 @@ def test_hard_negatives_equal_a_naive_loop(loss: nn.Module) -> None:
         torch.testing.assert_close(gradient, naive, atol=1e-11, rtol=0)
     with pytest.raises(ValueError, match="pass both or neither"):
         loss(audio, text, negative_latents=inputs[2])
+    for wrong in ([0], [0, 1, 2, 5], [-1, 0, 0, 0], [0.0, 1.0, 2.0, 3.0]):
+        with pytest.raises(ValueError, match=r"negative_index must be \[4\] integers in 0..4"):
+            loss(audio, text, negative_latents=inputs[2], negative_index=torch.tensor(wrong))
 
 
 @every_loss

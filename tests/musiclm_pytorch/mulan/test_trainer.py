@@ -214,9 +214,18 @@ def test_several_captions_of_a_file_alternate(corpus: Path, tmp_path: Path) -> N
     """Without a sampler every caption has its epoch, and a batch is a pure function of epochs and indices."""
     items, _ = load_split(corpus)
     item = replace(items[0], labels={"captions": [items[0].caption, "second", " ", "third"]})
-    task = _trainer(corpus, tmp_path, folder=None, items=([item], []), batch_size=1).task
+    task = _trainer(corpus, tmp_path, folder=None, items=([item], [])).task
     seen = [task.mulan.text.tokenizer.decode(task.batch([(epoch, 0)])["texts"])[0] for epoch in (0, 1, 2, 3, 1)]
     assert seen == [item.caption, "second", "third", item.caption, "second"]
+
+
+def test_batches_without_contrast_are_reported(corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One clip per batch, or one caption for all clips: loss and gradient are 0."""
+    with pytest.raises(ValueError, match="batch_size=1.* use 2 or more"):
+        _trainer(corpus, tmp_path, batch_size=1)
+    items = [replace(item, caption="music", labels={}) for item in load_split(corpus)[0][:4]]
+    _trainer(corpus, tmp_path, folder=None, items=(items, []))
+    assert "all 4 files have the text 'music'" in caplog.text
 
 
 def test_hard_negatives_of_a_manifest_are_contrasted(

@@ -154,7 +154,7 @@ def test_denoising_run_resumes_bit_for_bit_and_reports(data, tmp_path):
 
 def test_the_flag_reaches_every_row_of_the_condition(data, tmp_path):
     """Both flags receive gradients, also in a batch with one of each."""
-    task = trainer_of(data, tmp_path, 2, denoising_codec(), unquantized_steps=2).task
+    task = trainer_of(data, tmp_path, 3, denoising_codec(), unquantized_steps=2).task
     task.module.train()
     batches = (task.batch([(epoch, index) for index in range(4)]) for epoch in range(9))
     batch = next(batch for batch in batches if 0 < int(batch.denoise.sum()) < 4)
