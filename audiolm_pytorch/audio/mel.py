@@ -114,6 +114,7 @@ class MelSpectrogram(nn.Module):
             )
         self.n_fft, self.hop_length, self.win_length = n_fft, hop_length, window
         self.power, self.center = float(power), center
+        self.sample_hz, self.num_mels, self.f_min_hz, self.f_max_hz = sample_hz, num_mels, f_min_hz, f_max_hz
         filters = mel_filterbank(sample_hz, n_fft, num_mels, f_min_hz, f_max_hz)
         self.register_buffer("filters", filters, persistent=False)
 

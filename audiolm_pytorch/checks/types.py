@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from beartype import BeartypeConf, beartype
 
-__all__ = ["described", "keep_arguments", "typed", "unknown_argument"]
+__all__ = ["described", "keep_arguments", "typed", "unknown_argument", "usable_device"]
 
 Target = TypeVar("Target", bound=Callable[..., Any])
 
@@ -162,6 +162,14 @@ def _named_values(arguments: inspect.BoundArguments) -> Iterator[tuple[str, Any]
 
 def _name_of(target: Callable[..., Any]) -> str:
     return target.__qualname__.removesuffix(".__init__").replace("<locals>.", "")
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Return a device; raise a ValueError if this machine does not have it, or torch has no such device."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch is built without CUDA
+        raise ValueError(f"the device {device} cannot be used on this machine; use another, such as cpu") from error
 
 
 def described(value: Any) -> str:

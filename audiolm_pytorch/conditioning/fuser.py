@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor
 from audiolm_pytorch.nn.layers import RMSNorm
+from audiolm_pytorch.nn.module_state import module_dict
 from audiolm_pytorch.nn.transformer import INIT_STD, FusedConditions
 
 __all__ = ["ConditionFuser", "ConditionSpec"]
@@ -116,7 +117,7 @@ class ConditionFuser(nn.Module):
     def __init__(self, specs: dict[str, ConditionSpec], dim: int) -> None:
         super().__init__()
         self.specs = specs
-        self.entries = nn.ModuleDict({name: _Condition(spec, dim) for name, spec in specs.items()})
+        self.entries = module_dict({name: _Condition(spec, dim) for name, spec in specs.items()}, "conditions")
 
     def forward(self, conditions: Conditions, batch: int) -> FusedConditions:
         """Project conditions of 1 or `batch` items for the transformer; null embeddings replace missing conditions."""

@@ -47,6 +47,8 @@ class TextTokenizer:
         """
         if vocab_size < _NUM_BYTES:
             raise ValueError(f"vocab_size must be at least {_NUM_BYTES}, the number of bytes; got {vocab_size}")
+        if min_frequency < 0:
+            raise ValueError(f"min_frequency must be at least 0, got {min_frequency}")
         texts = [_clean(caption) for caption in captions]
         if not any(texts):
             raise ValueError("got no caption to train a tokenizer on; pass at least one caption that is not empty")

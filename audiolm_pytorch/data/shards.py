@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import described, typed
 from audiolm_pytorch.saving.files import (
     check_digest,
     differences,
@@ -100,6 +100,8 @@ def write_shards(
 
 def _storable(record: Record, number: int) -> Record:
     """Convert the arrays of a record to the number types that shards can store."""
+    if not isinstance(record, dict):
+        raise TypeError(f"record {number}: make_record must return a dict of arrays, got {described(record)}")
     stored = {}
     for name, value in record.items():
         if not _FIELD_NAME.fullmatch(name):

@@ -83,6 +83,8 @@ def _example(example: Any) -> tuple[Tensor, int | None, Any]:
         raise ValueError(
             f"wave must be [n] or [c, n], got shape {list(wave.shape)}; samples are the last axis: wave.transpose(0, 1)"
         )
+    # NaN marks a missing caption in tables of pandas.
+    others = [None if isinstance(other, Real) and other != other else other for other in others]
     rates_hz = [other for other in others if isinstance(other, Real)]
     captions = [other for other in others if not isinstance(other, Real)]
     if not all(float(rate).is_integer() for rate in rates_hz):

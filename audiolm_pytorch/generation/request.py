@@ -127,6 +127,9 @@ class GenerationRequest:
 
         An input with a single item is not changed, because it applies to all items.
         """
+        num_items = self.num_items
+        if any(not 0 <= item < num_items for item in items):
+            raise ValueError(f"items must be in 0..{num_items - 1}, got {list(items)}")
         names = ["text", "wavs", "codes", "conditions", "conditioning", "negative_conditioning", "input_streams"]
         names += ["prime_wave", "prime_lengths", "semantic_tokens", "semantic_lengths", "seeds"]
         if _is_one_wave(self.prime_wave):

@@ -77,6 +77,8 @@ class StageTask:
         for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {share}")
+        if level_drop_prob > 0 and audio_conditioner is None:
+            raise ValueError(f"got {level_drop_prob=} for a stage without conditioning codes; set level_drop_prob=0")
         self.transformer, self.train, self.valid = transformer, train, valid
         self.conditioner, self.text_conditioner = audio_conditioner, text_conditioner
         self.level_drop_prob, self.batch_size = level_drop_prob, batch_size

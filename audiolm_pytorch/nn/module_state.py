@@ -1,6 +1,6 @@
 """The device of a module, a context manager for eval mode, and a check of sizes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from threading import RLock
@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-__all__ = ["check_positive", "check_shares", "device_of", "eval_mode"]
+__all__ = ["check_positive", "check_shares", "device_of", "eval_mode", "module_dict"]
 
 _lock, _num_users = RLock(), WeakKeyDictionary[nn.Module, int]()  # number of `with` blocks that a module is in
 
@@ -38,6 +38,15 @@ def check_shares(**shares: float) -> None:
     for name, value in shares.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be in 0..1, got {value}")
+
+
+def module_dict(modules: Mapping[str, nn.Module], what: str) -> nn.ModuleDict:
+    """Return a `ModuleDict` of modules; a ValueError names those of `what` whose name torch does not allow."""
+    empty = nn.ModuleDict()
+    wrong = [name for name in modules if not name or "." in name or hasattr(empty, name)]
+    if wrong:
+        raise ValueError(f"{what} cannot be called {wrong}; choose names without dots that are no methods of modules")
+    return nn.ModuleDict(dict(modules))
 
 
 @contextmanager

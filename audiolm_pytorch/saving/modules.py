@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import typed, usable_device
 from audiolm_pytorch.saving.construction import build_within
 from audiolm_pytorch.saving.files import (
     check_digest,
@@ -169,7 +169,7 @@ def load_module(folder: str | Path, expect: type | None = None, device: str | to
     A ValueError is raised if the files are damaged, or if the module is not of the class `expect` or a subclass. The
     random generators do not change.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), usable_device(device)
     config = read_config(folder)
     cls = _class_of(config)
     if expect is not None and not issubclass(cls, expect):

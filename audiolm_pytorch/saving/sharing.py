@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import typed, usable_device
 from audiolm_pytorch.saving.sources import find_folder, is_noncommercial
 from audiolm_pytorch.saving.text import one_line
 
@@ -74,6 +74,7 @@ class SharedModel(nn.Module):
         Raises:
             ValueError: If there is no such model, or a file is missing, truncated or was edited.
         """
+        device = usable_device(device)
         hub: dict[str, Any] = {"offline": offline, "revision": revision, "cache_dir": cache_dir}
         hub["allow_noncommercial"] = allow_noncommercial
         folder = cls.find(source, **hub)

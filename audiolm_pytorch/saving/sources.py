@@ -63,6 +63,8 @@ def find_folder(
             )
         folder = _downloaded(source, offline, revision, cache_dir, _FILES if files is None else files)
         commit = folder.name
+    elif revision is not None:
+        raise ValueError(f"got revision={revision} of the local folder {folder}; only models on the hub have revisions")
     _check_licence(str(source), licence_of(folder, source), allow_noncommercial)
     return folder, commit
 

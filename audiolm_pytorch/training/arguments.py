@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from audiolm_pytorch.checks.types import keep_arguments, unknown_argument
+from audiolm_pytorch.saving.construction import preserve_rng
 
 __all__ = ["trainer_arguments"]
 
@@ -67,7 +68,8 @@ def trainer_arguments(settings: type | None = None) -> Callable[[Class], Class]:
                     advice = _FORMER_NAMES.get(name, "")
                     is_true = set(known) & set(re.findall(r"\w+", advice)) and (settings or _SPLIT not in advice)
                     raise unknown_argument(self, name, known, advice if is_true else None)
-            init(self, *args, **keywords)
+            with preserve_rng():  # modules that the trainer creates
+                init(self, *args, **keywords)
             arguments = inspect.signature(init).bind(self, *args, **keywords)
             arguments.apply_defaults()
             keep_arguments(self, {name: arguments.arguments[name] for name in known if name in arguments.arguments})

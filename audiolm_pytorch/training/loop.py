@@ -80,7 +80,7 @@ class TrainLoop:
             RuntimeError: If the loss or its gradients are not finite in 10 steps in a row.
         """
         _check_stop_after(stop_after_steps)
-        with self._claimed_folder():
+        with self._claimed_folder(), preserve_rng():
             return self._train(stop_after_steps)
 
     def _train(self, stop_after_steps: int | None) -> TrainResult:
@@ -94,15 +94,14 @@ class TrainLoop:
             if accelerator.is_main_process:
                 (self.folder / "finished.json").unlink()
             accelerator.wait_for_everyone()
-        with preserve_rng():
-            try:
-                if self._run is None or not self._run.is_current():
-                    self._run = TrainingRun(self.task, self.settings, self.folder, accelerator, self._on_row)
-                result = self._run.advance(stop_after_steps)
-            except BaseException:
-                # the state in memory may be that of half a step; the checkpoint is complete
-                self._run = None
-                raise
+        try:
+            if self._run is None or not self._run.is_current():
+                self._run = TrainingRun(self.task, self.settings, self.folder, accelerator, self._on_row)
+            result = self._run.advance(stop_after_steps)
+        except BaseException:
+            # the state in memory may be that of half a step; the checkpoint is complete
+            self._run = None
+            raise
         if result.step == self.settings.num_train_steps:
             self._run = None
         return result
@@ -110,7 +109,7 @@ class TrainLoop:
     def train_and_save(self, save: Callable[[], object], stop_after_steps: int | None = None) -> TrainResult:
         """Call `train`; at the end of the run, load the final weights and call `save` on the first process."""
         _check_stop_after(stop_after_steps)
-        with self._claimed_folder():
+        with self._claimed_folder(), preserve_rng():
             result = self._train(stop_after_steps)
             if self.is_finished:
                 self.final_module()

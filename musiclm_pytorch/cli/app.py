@@ -4,6 +4,7 @@ import atexit
 import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from functools import reduce
@@ -35,8 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `musiclm` command with `arguments`, by default the command-line arguments of the process.
 
     The returned exit status is 0 after success, 2 after an error that is printed on standard error, 130 after Ctrl-C,
-    and 143 after SIGTERM.
+    141 if the reader of standard output has ended, and 143 after SIGTERM.
     """
+    if sys.stderr is None:  # closed by the shell, as by 2>&-
+        sys.stderr = open(os.devnull, "w")
     # Importing torch creates 300,000 objects; with the default threshold, they would be searched 400 times for garbage.
     gc.set_threshold(10_000, 10, 10)
     # At its end, Python would search them once more, which takes 0.4 s.
@@ -70,10 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except SystemExit as stop:  # tyro has printed the help text, or what is wrong with the arguments
         return int(stop.code or 0)
+    except BrokenPipeError:  # as in `musiclm ... | head`
+        _discard_unwritten_output()
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         message = one_line(str(error)) or type(error).__name__
+        if _discard_unwritten_output() and isinstance(error, OSError) and error.filename is None:
+            message = f"cannot write to standard output: {error.strerror}"
         print(f"musiclm: {message}", file=sys.stderr)
-        _discard_unwritten_output()
         return 2
     except KeyboardInterrupt as interrupt:
         reason = str(interrupt) or "interrupted"
@@ -90,13 +97,18 @@ def _parsed(class_: Any, words: Sequence[str], **options: Any) -> Any:
         return tyro.cli(class_, args=[printable(word) for word in words], **options)
 
 
-def _discard_unwritten_output() -> None:
-    """Discard text that standard output refuses, because Python would report it a second time when it ends."""
+def _discard_unwritten_output() -> bool:
+    """Discard text that standard output refuses, because Python would report it a second time when it ends.
+
+    Return whether there is such text.
+    """
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _command(name: str) -> tuple[Any, str | None]:

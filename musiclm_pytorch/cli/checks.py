@@ -63,13 +63,11 @@ def device_named(name: str) -> "torch.device":
     """Return the device with this name; "auto" selects the GPU if there is one, else the CPU."""
     import torch
 
+    from audiolm_pytorch.checks.types import usable_device
+
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used on this machine; use auto or cpu") from error
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return usable_device(name)
 
 
 def check_file(path: Path, suffixes: Sequence[str]) -> None:

@@ -187,10 +187,9 @@ def _evaluate(command: Evaluate) -> int:
 
     rows = codec_report(codec, clips(), (None, *command.levels), name=command.codec)
     num_files = rows[0].num_clips
-    sys.stdout.write(
-        f"{num_files} files, {rows[0].seconds:.0f} s, compared at {sample_hz} Hz; means with 95% intervals\n"
-    )
-    sys.stdout.write(rows_table(rows))
+    # Unlike `sys.stdout.write`, `print` works with a closed standard output, which is None.
+    print(f"{num_files} files, {rows[0].seconds:.0f} s, compared at {sample_hz} Hz; means with 95% intervals")
+    print(rows_table(rows), end="")
     if command.json is not None:
         settings = {
             "codec": command.codec,
@@ -203,7 +202,7 @@ def _evaluate(command: Evaluate) -> int:
             "device": command.device,
         }
         write_json(command.json, {"format_version": 2, "settings": settings, "rows": [asdict(row) for row in rows]})
-        sys.stdout.write(f"wrote {printable(command.json)}\n")
+        print(f"wrote {printable(command.json)}")
     return 0 if num_files == len(paths) else 2
 
 
@@ -264,10 +263,9 @@ def _for_each(
             _fail(source, error, is_only_file=len(pairs) == 1)
             num_failed += 1
         else:
-            sys.stdout.write(f"{printable(target)}  {summary}\n")
-            sys.stdout.flush()
+            print(f"{printable(target)}  {summary}", flush=True)
     if len(pairs) > 1:
-        sys.stdout.write(f"{len(pairs) - num_failed} of {len(pairs)} files done\n")
+        print(f"{len(pairs) - num_failed} of {len(pairs)} files done")
     return 2 if num_failed else 0
 
 

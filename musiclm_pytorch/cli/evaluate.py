@@ -285,4 +285,4 @@ def _report(out: Path, title: str, settings: dict[str, Any], metrics: list[Any],
     text = f"# {printable(title)}\n\n{''.join(lines)}\n{table}"
     path = out / _REPORT_FILE
     write_report(path, metrics, settings, text)
-    sys.stdout.write(f"{text}\nwrote {printable(path)} and {printable(path.with_suffix('.md'))}\n")
+    print(f"{text}\nwrote {printable(path)} and {printable(path.with_suffix('.md'))}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.manifest import AudioItem, load_items
+from audiolm_pytorch.nn.module_state import module_dict
 from audiolm_pytorch.saving.modules import load_module, register, save_module
 from musiclm_pytorch.evaluation.clip_features import ClipFeatures, FeatureModule
 from musiclm_pytorch.evaluation.clips import labels_of, load_clips
@@ -45,7 +46,8 @@ class AttributeClassifier(nn.Module):
         self.classes = {name: list(names) for name, names in classes.items()}
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("scale", torch.ones(num_features))
-        self.heads = nn.ModuleDict({name: nn.Linear(num_features, len(names)) for name, names in self.classes.items()})
+        heads = {name: nn.Linear(num_features, len(names)) for name, names in self.classes.items()}
+        self.heads = module_dict(heads, "attributes")
 
     @property
     def config(self) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def embed_prompts(
     text_latents = iter(quantizer.mulan.get_text_latents(texts) if texts else ())
     codes, latents = [], []
     for mixture in parts:
-        weights = torch.tensor([weight for _, weight in mixture], device=device_of(quantizer))
+        weights = torch.tensor([weight for _, weight in mixture], device=device_of(quantizer), dtype=torch.float32)
         weights = weights / weights.sum()
         embedded: list[tuple[Tensor, Modality]] = [
             (next(text_latents), "text")

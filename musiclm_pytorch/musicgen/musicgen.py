@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from audiolm_pytorch.audio.units import check_durations, frames_inside, samples_covering
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import typed, usable_device
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor, TextEncoder
 from audiolm_pytorch.generation.prompts import acoustic_tokens
@@ -153,6 +153,7 @@ class MusicGen(SharedModel):
             text_conditioner: Text encoder instead of that of the model. The files of audiocraft contain no text
                 encoder; it is in the folder `text_encoder` beside the files, or loaded from the hub.
         """
+        device = usable_device(device)
         hub = {"offline": offline, "revision": revision, "cache_dir": cache_dir}
         parts = load_musicgen_parts(source, text_conditioner, {**hub, "allow_noncommercial": allow_noncommercial})
         return cls(**vars(parts)).to(device).eval()

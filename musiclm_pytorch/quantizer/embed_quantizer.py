@@ -6,8 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import described, typed
 from audiolm_pytorch.conditioning.base import Conditioner, ConditionTensor
+from audiolm_pytorch.nn.module_state import module_dict
 from audiolm_pytorch.saving.fingerprint import digest_of, part_fingerprint
 from audiolm_pytorch.saving.modules import module_spec, register
 from audiolm_pytorch.saving.text import logger_named
@@ -69,9 +70,8 @@ class MuLaNEmbedQuantizer(Conditioner):
         self.codebook_size = codebook_size
         self.mulan = mulan.eval()
         num_codes = rq_num_quantizers * codebook_size
-        self.tables = nn.ModuleDict(
-            {name: nn.Embedding(num_codes, dim) for name, dim in zip(namespaces, conditioning_dims)}
-        )
+        tables = {name: nn.Embedding(num_codes, dim) for name, dim in zip(namespaces, conditioning_dims)}
+        self.tables = module_dict(tables, "namespaces")
         for parameter in self.tables.parameters():
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
         width = mulan.dim_latent
@@ -154,6 +154,8 @@ class MuLaNEmbedQuantizer(Conditioner):
         """
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
+        if audio_latents.ndim != 2:
+            raise ValueError(f"audio_latents must be [n, {self.mulan.dim_latent}], got {described(audio_latents)}")
         self._check_latents(audio_latents, "audio_latents")
         self.check_can_fit(len(audio_latents))
         audio = audio_latents.float().cpu()
@@ -162,7 +164,7 @@ class MuLaNEmbedQuantizer(Conditioner):
         if text_latents is not None:
             self._check_latents(text_latents, "text_latents")
             clip_index = torch.arange(len(audio)) if clip_index is None else clip_index.cpu().long()
-            if audio.ndim != 2 or clip_index.shape != text_latents.shape[:-1]:
+            if clip_index.shape != text_latents.shape[:-1]:
                 raise ValueError(
                     "need audio_latents [n, d], text_latents [k, d] and clip_index [k] (k = n without clip_index), got "
                     f"{tuple(audio_latents.shape)}, {tuple(text_latents.shape)} and {tuple(clip_index.shape)}"

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from audiolm_pytorch.checks.types import keep_arguments
 from audiolm_pytorch.saving.modules import SavedModule
 
 __all__ = ["Discriminator", "ScaleOutput", "leaky_relu_", "run_layers"]
@@ -27,10 +28,12 @@ class ScaleOutput(NamedTuple):
 class Discriminator(SavedModule, ABC):
     """Base class of discriminators with one or several scales, such as resolutions or STFT windows."""
 
+    channels: int
+
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self.config = config
-        self.channels: int = config["channels"]
+        keep_arguments(self, config)
 
     def forward(self, wave: Tensor) -> list[ScaleOutput]:
         """Compute the outputs of all scales for waves `[b, c, n]` with any n > 0."""

@@ -14,6 +14,7 @@ __all__ = ["MultiScaleWaveDiscriminator"]
 _STRIDE = 4  # of each grouped convolution (SoundStream, section III-D)
 _GROUPED_LAYERS = 4
 _GROUP_SIZE = 4
+_MAX_SCALES = 16  # waves are padded to 2 ** (scales - 1) samples
 
 
 @register
@@ -33,10 +34,10 @@ class MultiScaleWaveDiscriminator(Discriminator):
     @typed
     def __init__(self, *, channels: int = 1, width: int = 16, scales: int = 3) -> None:
         super().__init__(dict(channels=channels, width=width, scales=scales))
-        if channels < 1 or scales < 1 or width < 1 or width % _GROUP_SIZE:
+        if channels < 1 or not 1 <= scales <= _MAX_SCALES or width < 1 or width % _GROUP_SIZE:
             raise ValueError(
-                f"need channels >= 1, scales >= 1 and a width that is a multiple of {_GROUP_SIZE}, got {channels=}, "
-                f"{scales=} and {width=}"
+                f"need channels >= 1, scales in 1..{_MAX_SCALES} and a width that is a multiple of {_GROUP_SIZE}, got "
+                f"{channels=}, {scales=} and {width=}"
             )
         self.scales = nn.ModuleList([_OneScale(channels, width) for _ in range(scales)])
 

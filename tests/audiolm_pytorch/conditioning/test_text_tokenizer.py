@@ -41,6 +41,8 @@ def test_wrong_arguments_raise_errors() -> None:
     """Errors name the value and what is needed."""
     with pytest.raises(ValueError, match="256"):
         TextTokenizer.train(["a"], vocab_size=100)
+    with pytest.raises(ValueError, match="min_frequency must be at least 0"):
+        TextTokenizer.train(["a"], min_frequency=-1)
     with pytest.raises(ValueError, match="got no caption"):
         TextTokenizer.train(["", "  "])
     with pytest.raises(ValueError, match="JSON"):

@@ -140,6 +140,8 @@ def test_records_that_cannot_be_stored_are_named(tmp_path: Path, broken: dict[st
     with pytest.raises(ValueError, match=message):
         write_shards(tmp_path / "s", lambda number: records[number], 2, {})
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["plan.json"]
+    with pytest.raises(TypeError, match="record 0: make_record must return a dict of arrays, got None"):
+        write_shards(tmp_path / "none", lambda number: None, 1, {})
 
 
 def test_chunks_that_disagree_are_found_before_they_are_read(tmp_path: Path) -> None:

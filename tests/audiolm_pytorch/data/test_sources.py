@@ -507,7 +507,7 @@ def test_a_list_of_folders_is_one_data_set(
 class Waves(Dataset):
     """Four tones of half a second, with captions in every form."""
 
-    captions: tuple[Any, ...] = ("a low tone", ["a tone", "another"], None, {"main": "a high tone"})
+    captions: tuple[Any, ...] = ("a low tone", ["a tone", "another"], float("nan"), {"main": "a high tone"})
 
     def __init__(self, sample_hz: int | None = None, channels: int = 1) -> None:
         if sample_hz is not None:

@@ -310,6 +310,9 @@ def test_selected_items_of_a_request_equal_those_items_of_the_result():
         {"melody": torch.arange(6).view(3, 2), "key": torch.zeros(1, 2)}, {"melody": torch.arange(3)}
     )
     chosen = GenerationRequest(input_streams=melodies).select(items).input_streams
+    for wrong in ([5], [-1]):
+        with pytest.raises(ValueError, match="items must be in 0..1"):
+            GenerationRequest(batch_size=2, seeds=7).select(wrong)
     assert chosen.tokens["melody"].tolist() == [[4, 5], [0, 1], [4, 5]] and chosen.lengths["melody"].tolist() == [
         2,
         0,

@@ -437,6 +437,7 @@ def test_wrong_arguments_raise_errors(tmp_path, write_folder):
     for wrong, message in [
         ({"data_max_length_seconds": 0.03}, "crops of 0.03 s, but a token lasts 0.04 s"),
         ({"level_drop_prob": 2.0}, "level_drop_prob must be in"),
+        ({"level_drop_prob": 0.5}, "level_drop_prob=0.5 for a stage without conditioning codes"),
     ]:
         with pytest.raises(ValueError, match=message):
             SemanticTransformerTrainer(

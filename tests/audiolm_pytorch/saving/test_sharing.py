@@ -9,6 +9,7 @@ import yaml
 
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.codecs.base import Codec
+from audiolm_pytorch.saving.modules import load_module
 from audiolm_pytorch.saving.sharing import SharedModel
 from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
 from musiclm_pytorch.cli.checks import ModelOptions
@@ -203,6 +204,17 @@ def test_revisions_on_the_command_line(tmp_path):
     assert options.source_of("me/codec") == {"source": "me/codec", "revision": None, **hub}
     (tmp_path / "a@b").mkdir()
     assert options.source_of(str(tmp_path / "a@b")) == {"source": str(tmp_path / "a@b"), "revision": None, **hub}
+
+
+def test_wrong_devices_and_revisions_are_named(tmp_path):
+    """Before anything is loaded; a local folder has no revisions."""
+    for device in ("nosuch", "cuda:99"):
+        with pytest.raises(ValueError, match=f"the device {device} cannot be used"):
+            Codec.from_pretrained(tmp_path / "missing", device=device)
+        with pytest.raises(ValueError, match=f"the device {device} cannot be used"):
+            load_module(tmp_path / "missing", device=device)
+    with pytest.raises(ValueError, match="revision=v2 .*only models on the hub"):
+        Codec.from_pretrained(tmp_path, revision="v2")
 
 
 def test_a_tokenizer_is_not_a_codec(tmp_path):

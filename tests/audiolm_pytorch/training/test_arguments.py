@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from audiolm_pytorch import KMeansTrainer, SemanticTransformer, SemanticTransformerTrainer, SoundStreamTrainer
 from audiolm_pytorch.codecs.training.task import CodecLossWeights
 from audiolm_pytorch.lm.trainers import StageTrainer
 from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer
 from audiolm_pytorch.training import LoopSettings
-from audiolm_pytorch.training.arguments import _FORMER_NAMES
+from audiolm_pytorch.training.arguments import _FORMER_NAMES, trainer_arguments
 from musiclm_pytorch import MuLaNTrainer
 from tests.helpers.fakes import SAMPLE_HZ, FakeSemanticTokenizer, tiny_stages
 
@@ -36,6 +37,18 @@ def test_arguments_of_trainers_are_attributes(write_folder: Callable[..., Path],
     names = inspect.signature(StageTrainer.__init__).parameters
     assert [name for name in names if name not in ("self", "settings") and not hasattr(trainer, name)] == []
     assert trainer.folder == folder and trainer.codec is None and trainer.data_max_length == 400
+
+
+def test_constructors_of_trainers_leave_the_random_generators_alone() -> None:
+    """A trainer may create modules with random weights."""
+
+    @trainer_arguments()
+    class Trainer:
+        def __init__(self, *, size: int) -> None:
+            self.weights = torch.randn(size)
+
+    before = torch.get_rng_state()
+    assert Trainer(size=3).weights.shape == (3,) and torch.equal(before, torch.get_rng_state())
 
 
 def test_settings_accept_whole_numbers_numpy_numbers_and_lists() -> None:

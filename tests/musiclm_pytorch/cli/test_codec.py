@@ -198,7 +198,7 @@ folder in a file | encode FOLDER --out TONE | tone.wav is a file; name another f
 no codec | encode TONE --out TMP/a.safetensors --codec tinny | tinny.*bundled model: codec_16khz
 no codec in folder | encode TONE --out TMP/a.safetensors --codec EMPTY | empty.*config.json
 no such levels | encode TONE --out TMP/a.safetensors --codec CODEC --levels 4 | tone.wav: .* 1..3, got 4
-device | encode TONE --out TMP/a.safetensors --codec CODEC --device tpu9 | --device tpu9 cannot be used
+device | encode TONE --out TMP/a.safetensors --codec CODEC --device tpu9 | the device tpu9 cannot be used
 no entropy model | encode TONE --out TMP/a.safetensors --codec CODEC --entropy CODEC |
     holds a SoundStream, but a EntropyTransformer is needed
 no codes | decode TONE --out TMP/a.wav --codec CODEC | tone.wav is not a readable safetensors file

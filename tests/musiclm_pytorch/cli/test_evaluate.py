@@ -132,7 +132,7 @@ def test_a_tokenizer_without_layers(musiclm_command, places, tmp_path, capsys):
         ({"seed": -1}, r"--seed must be at least 0"),
         ({"labels": "singer"}, r"'singer' needs two classes.*'digit'"),
         ({"data": "nowhere"}, r"nowhere: no such folder"),
-        ({"device": "abacus"}, r"--device abacus cannot be used"),
+        ({"device": "abacus"}, r"the device abacus cannot be used"),
     ],
 )
 def test_mistakes_are_named_in_one_line(musiclm_command, places, tmp_path, capsys, changes, message):
@@ -215,7 +215,7 @@ def test_a_joint_embedding_is_measured_and_plotted(musiclm_command, planted, tmp
         ("--label", "mood", "--label must be one of instrument, tempo, drums, got mood"),
         ("--limit", 1, "at least 2 clips"),
         ("--seed", -1, "--seed must be at least 0"),
-        ("--device", "abacus", "--device abacus cannot be used"),
+        ("--device", "abacus", "the device abacus cannot be used"),
     ],
 )
 def test_mistakes_of_measuring_a_joint_embedding(musiclm_command, planted, tmp_path, capsys, option, value, message):

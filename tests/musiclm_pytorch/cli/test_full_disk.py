@@ -1,5 +1,6 @@
 """Commands on a full disk: one line on standard error, exit status 2, and no half-written file."""
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -119,4 +120,23 @@ def test_standard_output(
         assert musiclm_command("export", "--run", micro_run, "--out", tmp_path / "model") == 2
         full.flush()
     errors = capsys.readouterr().err
-    assert "No space left" in errors and errors.count("\n") == 1
+    assert errors == "musiclm: cannot write to standard output: No space left on device\n"
+
+
+def test_closed_standard_output(
+    musiclm_command: Callable[..., int],
+    micro_data: Path,
+    micro_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Silent if the shell has closed standard output (>&-), and if its reader has ended, as in a pipe to head."""
+    words = ("codec", "evaluate", micro_data / "00.wav", "--codec", micro_run / "model" / "codec", "--seconds", "0.5")
+    monkeypatch.setattr(sys, "stdout", None)
+    assert musiclm_command(*words) == 0
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert musiclm_command(*words) == 141
+    assert capsys.readouterr().err == ""

@@ -107,7 +107,7 @@ few tokens | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out |
 no clusters | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --num-clusters 0 | num_clusters
 seconds nan | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --seconds nan | seconds must be a number, got NaN
 out is a file | --encoder ENCODER --layer 1 --data SOUNDS --out SOUNDS/000.wav | 000.wav is a file
-device | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --device gpu | --device gpu cannot be used
+device | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --device gpu | the device gpu cannot be used
 """
 
 

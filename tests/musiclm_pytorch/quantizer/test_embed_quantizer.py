@@ -319,6 +319,11 @@ def test_fingerprint_uses_that_of_a_published_model() -> None:
 def test_quantizer_rejects_wrong_inputs() -> None:
     """Error messages name the input and the requirement."""
     quantizer, latents = _quantizer(), _latents()
+    for name in ("a.b", "", "keys"):
+        with pytest.raises(ValueError, match="namespaces cannot be called"):
+            MuLaNEmbedQuantizer(mulan=quantizer.mulan, conditioning_dims=(4,), namespaces=(name,))
+    with pytest.raises(ValueError, match=r"audio_latents must be \[n, "):
+        quantizer.fit(latents[0])
     with pytest.raises(ValueError, match="more audio"):
         quantizer.fit(latents[:7])
     with pytest.raises(ValueError, match="text_latents"):
