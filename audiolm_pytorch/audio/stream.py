@@ -46,10 +46,10 @@ class AudioInfo:
 def open_sound(path: Path) -> Iterator[soundfile.SoundFile]:
     """Open an audio file for a `with` statement; errors of libsndfile become ValueErrors that name the path."""
     if not path.is_file():
-        is_link = path.is_symlink() and not path.exists()
-        reason = (
-            "is a folder, not a file" if path.is_dir() else "points to a missing file" if is_link else "no such file"
-        )
+        if path.exists():
+            reason = "is a folder, not a file" if path.is_dir() else "is not a regular file"
+        else:
+            reason = "points to a missing file" if path.is_symlink() else "no such file"
         raise ValueError(f"{path}: {reason}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty (0 bytes)")

@@ -12,7 +12,7 @@ from audiolm_pytorch.audio.units import check_durations
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.items import AudioItem
 
-__all__ = ["Crop", "CropDataset", "crop_seconds"]
+__all__ = ["Crop", "CropDataset", "check_crop_seconds", "crop_seconds"]
 
 # Crops begin on multiples of 40 ms: whole frames of every tokenizer at 25, 50 or 75 frames a second.
 _STARTS_PER_SECOND = 25
@@ -58,11 +58,11 @@ class CropDataset:
             raise ValueError(f"items and rates_hz must not be empty, got {len(items)} items and {len(rates_hz)} rates")
         if any(hz < _STARTS_PER_SECOND or hz % _STARTS_PER_SECOND for hz in rates_hz):
             raise ValueError(f"rates_hz must be multiples of {_STARTS_PER_SECOND} Hz, got {list(rates_hz)}")
-        is_empty = seconds is not None and seconds * min(rates_hz) <= 0.5
-        if seed < 0 or cache_bytes < 0 or channels < 1 or is_empty:
+        if seconds is not None and seconds * min(rates_hz) <= 0.5:
+            raise ValueError(f"a crop needs at least one sample at {min(rates_hz)} Hz, got {seconds=}")
+        if seed < 0 or cache_bytes < 0 or channels < 1:
             raise ValueError(
-                "crops need seed >= 0, cache_bytes >= 0, channels >= 1 and seconds > 0, got "
-                f"{seed=}, {cache_bytes=}, {channels=}, {seconds=}"
+                f"crops need seed >= 0, cache_bytes >= 0 and channels >= 1, got {seed=}, {cache_bytes=}, {channels=}"
             )
         self.items = list(items)
         self.seconds = seconds
@@ -131,6 +131,12 @@ class CropDataset:
 
     def _shaped(self, wave: Tensor) -> Tensor:
         return wave[0] if self.channels == 1 else wave
+
+
+def check_crop_seconds(seconds: float | None, token_seconds: float) -> None:
+    """Check that a crop of `seconds` (None = a whole file) has at least one token."""
+    if seconds is not None and not seconds >= token_seconds:
+        raise ValueError(f"got crops of {seconds} s, but a token lasts {token_seconds} s; use longer crops")
 
 
 @typed

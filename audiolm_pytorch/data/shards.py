@@ -151,6 +151,11 @@ def _write_chunk(chunk: Path, records: list[Record], first: int) -> None:
         except OSError:
             if not chunk.is_dir():
                 raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        reason = error.strerror or "the disk is full"  # numpy only reports how many values it has written
+        raise OSError(error.errno, f"cannot write to {chunk.parent}: {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -239,6 +244,8 @@ class TokenShards:
 
     def longest(self, field: str) -> int:
         """Return the largest number of rows of a field in any record."""
+        if field not in self._fields:
+            raise ValueError(f"{self.folder} has no field {field!r}, it has {list(self._fields)}")
         return max(int(np.diff(self._offsets(number, field)).max()) for number in range(len(self._chunk_digests)))
 
     def __getitem__(self, index: int) -> Record:

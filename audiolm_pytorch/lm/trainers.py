@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
-from audiolm_pytorch.data.crops import crop_seconds
+from audiolm_pytorch.data.crops import check_crop_seconds, crop_seconds
 from audiolm_pytorch.data.manifest import AudioSplit, DataSource, training_items
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.lm.compatibility import agreed_fingerprints, check_compatible
@@ -205,8 +205,7 @@ def _token_seconds(seconds: float | None, *tokenizers: SemanticTokenizer | Codec
     """Return the length of the longest token, and check that a crop of `seconds` has at least one token."""
     lengths = [one.downsample_factor / one.target_sample_hz for one in tokenizers if one is not None]
     token_seconds = max(lengths, default=0.0)
-    if seconds is not None and not seconds >= token_seconds:
-        raise ValueError(f"got crops of {seconds} s, but a token lasts {token_seconds} s; use longer crops")
+    check_crop_seconds(seconds, token_seconds)
     return token_seconds
 
 

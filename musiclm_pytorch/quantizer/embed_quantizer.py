@@ -152,8 +152,8 @@ class MuLaNEmbedQuantizer(Conditioner):
         `align_texts`). `clip_index [k]` is the row in `audio_latents` that each text describes; None = text i describes
         row i.
         """
-        if seed < 0:
-            raise ValueError(f"seed must be at least 0, got {seed}")
+        if not 0 <= seed < 2**32:  # of scikit-learn
+            raise ValueError(f"seed must be in 0..2**32 - 1, got {seed}")
         if audio_latents.ndim != 2:
             raise ValueError(f"audio_latents must be [n, {self.mulan.dim_latent}], got {described(audio_latents)}")
         self._check_latents(audio_latents, "audio_latents")

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data import CropBatch, CropDataset, collate_crops
+from audiolm_pytorch.data.crops import check_crop_seconds
 from audiolm_pytorch.data.items import items_digest
 from audiolm_pytorch.data.manifest import AudioSplit, DataSource, training_items
 from audiolm_pytorch.semantic.best_rq.model import BestRQ, BestRQEncoder, MaskedPrediction
@@ -129,6 +130,7 @@ class SemanticTokenizerTrainer:
         if objective.encoder is not encoder:
             raise ValueError("`objective` was created for another encoder; pass objective=BestRQ(encoder, ...)")
         token_seconds = encoder.downsample_factor / encoder.sample_hz
+        check_crop_seconds(seconds, token_seconds)
         train, valid = training_items(folder, items, min_seconds=token_seconds, sample_hz=encoder.sample_hz)
         settings = LoopSettings(num_train_steps=num_train_steps, batch_size=batch_size, **loop_settings)
         rates_hz = (encoder.sample_hz,)

@@ -270,12 +270,21 @@ def _is_checkpoint_file(path: Path) -> bool:
 
 
 @typed
-def open_encoder(source: str | Path, **hub: Any) -> FrameEncoder:
+def open_encoder(
+    source: str | Path,
+    *,
+    offline: bool = False,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    allow_noncommercial: bool = False,
+) -> FrameEncoder:
     """Load an audio encoder in eval mode from any source.
 
     The source is a checkpoint file or a published encoder, which `open_published` loads, or a source of
     `FrameEncoder.from_pretrained`, which also documents the further arguments.
     """
+    hub: dict[str, Any] = {"offline": offline, "revision": revision, "cache_dir": cache_dir}
+    hub["allow_noncommercial"] = allow_noncommercial
     if _is_checkpoint_file(Path(source).expanduser()):
         return open_published(source)
     folder, _ = find_folder(source, **hub)

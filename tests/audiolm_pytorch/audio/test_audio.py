@@ -1,5 +1,6 @@
 """Audio in and out: every file that users have, exact times, honest errors."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,6 +137,13 @@ def test_unusable_files_are_named_with_a_reason(bad_files: dict[str, Path], name
     if name != "header-only.wav":
         with pytest.raises(ValueError, match=f"{name}: .*{reason}"):
             read_audio(bad_files[name])
+
+
+def test_a_pipe_is_not_a_missing_file(tmp_path: Path) -> None:
+    """Opening a pipe without a writer would wait for ever."""
+    os.mkfifo(tmp_path / "pipe.wav")
+    with pytest.raises(ValueError, match=r"pipe.wav: is not a regular file"):
+        read_audio(tmp_path / "pipe.wav")
 
 
 def test_reading_after_the_end_is_an_error(write_tone: Callable[..., Path]) -> None:

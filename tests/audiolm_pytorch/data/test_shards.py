@@ -9,6 +9,7 @@ import pytest
 
 from audiolm_pytorch.data.shards import TokenShards, write_shards
 from audiolm_pytorch.saving.files import digest_of_file, read_json, write_json
+from tests.helpers.full_disk import full_disk
 
 FINGERPRINT = {"codec": "ab12", "semantic": {"name": "w2v", "layer": 7}, "rates_hz": (16000, 24000)}
 
@@ -142,6 +143,9 @@ def test_records_that_cannot_be_stored_are_named(tmp_path: Path, broken: dict[st
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["plan.json"]
     with pytest.raises(TypeError, match="record 0: make_record must return a dict of arrays, got None"):
         write_shards(tmp_path / "none", lambda number: None, 1, {})
+    with full_disk(2000), pytest.raises(OSError, match=f"cannot write to {tmp_path / 'full'}: "):
+        write_shards(tmp_path / "full", lambda number: {"a": np.zeros(10_000)}, 1, {})
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["plan.json"]
 
 
 def test_chunks_that_disagree_are_found_before_they_are_read(tmp_path: Path) -> None:
@@ -154,6 +158,13 @@ def test_chunks_that_disagree_are_found_before_they_are_read(tmp_path: Path) -> 
             {},
             records_per_chunk=1,
         )
+
+
+def test_a_missing_field_is_named(tmp_path: Path) -> None:
+    """The shards are not damaged."""
+    write_shards(tmp_path, lambda number: {"a": np.zeros(2)}, 1, {})
+    with pytest.raises(ValueError, match=r"has no field 'b', it has \['a'\]"):
+        TokenShards(tmp_path).longest("b")
 
 
 def test_folders_that_are_no_shards_are_refused(tmp_path: Path) -> None:

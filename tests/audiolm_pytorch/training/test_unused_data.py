@@ -124,6 +124,15 @@ def test_a_codec_must_train_its_quantizer(write_folder: Any) -> None:
         SoundStreamTrainer(small_codec(), folder=write_folder(num_files=3), unquantized_steps=2, **SIZES)
 
 
+def test_crops_of_the_semantic_encoder_have_a_token(write_folder: Any) -> None:
+    """Shorter crops are refused before the training, as by the trainers of stages."""
+    encoder = build_semantic_encoder(MICRO)
+    with pytest.raises(ValueError, match="crops of 0.001 s, but a token lasts"):
+        SemanticTokenizerTrainer(
+            encoder=encoder, folder=write_folder(num_files=3), seconds=0.001, batch_size=1, num_train_steps=1
+        )
+
+
 def test_codebooks_start_from_two_passes_of_the_encoder(
     write_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
