@@ -27,6 +27,7 @@ from audiolm_pytorch.saving.files import (
     read_versioned,
     write_json,
 )
+from audiolm_pytorch.saving.ownership import check_overwrite
 from audiolm_pytorch.saving.text import one_line
 
 __all__ = ["TokenShards", "write_shards"]
@@ -79,6 +80,7 @@ def write_shards(
         "fingerprint": json.loads(json.dumps(fingerprint)),  # tuples become lists, as in the file
     }
     folder.mkdir(parents=True, exist_ok=True)
+    check_overwrite(folder / _INDEX_NAME, ("format_version", "num_records", "chunks"))
     if (folder / _PLAN_NAME).is_file():
         complaint = f"{folder} contains records of other arguments; use another folder, or remove {folder}"
         _require_equal(read_json(folder / _PLAN_NAME), plan, complaint)

@@ -160,6 +160,14 @@ def test_chunks_that_disagree_are_found_before_they_are_read(tmp_path: Path) -> 
         )
 
 
+def test_an_index_of_the_user_is_not_overwritten(tmp_path: Path) -> None:
+    """It may be the index of a website; the records are not computed first."""
+    (tmp_path / "index.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"index.json exists, and was not written by this library"):
+        write_shards(tmp_path, lambda number: {"a": np.zeros(2)}, 1, {})
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("index.json", "mine")]
+
+
 def test_a_missing_field_is_named(tmp_path: Path) -> None:
     """The shards are not damaged."""
     write_shards(tmp_path, lambda number: {"a": np.zeros(2)}, 1, {})
