@@ -203,7 +203,8 @@ def _convert_argument(target: Callable[..., Any], arguments: inspect.BoundArgume
         arguments.arguments[name] = plain
         return
     advice = ""
-    if "Tensor" in hint and isinstance(value, np.ndarray | list | tuple):
+    has_numbers = isinstance(value, list | tuple) and all(isinstance(item, int | float) for item in value)
+    if "Tensor" in hint and (isinstance(value, np.ndarray) or has_numbers):
         advice = f"; convert it with torch.{'from_numpy' if isinstance(value, np.ndarray) else 'tensor'}"
     raise TypeError(f"{_name_of(target)}: {name} must be {hint}, got {described(value)}{advice}")
 
