@@ -3,7 +3,7 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -30,6 +30,8 @@ _SCANNED = _PLAIN | {np.float64, np.float32, np.float16, list, tuple}
 # Seeds, the largest numbers with a use, are smaller.
 _TOO_LARGE, _INFINITE = 2**64, (float("inf"), -float("inf"))
 
+_TEXTS = Sequence[str]  # a text is a sequence of its letters, but not meant as one
+
 _beartype = beartype(
     conf=BeartypeConf(
         is_pep484_tower=True,  # whole numbers where floats are annotated
@@ -55,7 +57,10 @@ def typed(target: Target) -> Target:
                 setattr(target, name, typed(method))
         return target
     checked = _beartype(target)
-
+    code = target.__code__
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    hints = target.__annotations__
+    lists_of_texts = [place for place in enumerate(names) if hints.get(place[1]) in (_TEXTS, _TEXTS | None)]
     is_constructor = target.__name__ == "__init__"
 
     @functools.wraps(checked)
@@ -71,6 +76,9 @@ def typed(target: Target) -> Target:
                     _refuse_number(target, inspect.signature(target).bind_partial(*args, **keywords), is_constructor)
                 if kind is str and not value:
                     _refuse_empty_path(inspect.signature(target).bind_partial(*args, **keywords))
+            for number, name in lists_of_texts:
+                if isinstance(value := args[number] if number < len(args) else keywords.get(name), str):
+                    raise TypeError(f"{_name_of(target)}: {name} must be a list of texts, got the text {value!r:.60}")
             try:
                 return checked(*args, **keywords)
             except _WrongTypeError as error:

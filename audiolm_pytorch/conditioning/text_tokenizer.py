@@ -83,7 +83,7 @@ class TextTokenizer:
         return self.tokenizer.num_special_tokens_to_add(False) if self.special_tokens else 0
 
     @typed
-    def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Tensor:
+    def encode(self, texts: str | Sequence[str], max_tokens: int | None = None) -> Tensor:
         """Return token ids `[b, t]` int64 of texts, padded with -1 (`PADDING`) to the length t of the longest text.
 
         A text with more than `max_tokens` tokens is truncated with a warning; its special tokens are kept.

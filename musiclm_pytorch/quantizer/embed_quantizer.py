@@ -53,8 +53,6 @@ class MuLaNEmbedQuantizer(Conditioner):
         codebook_size: int = 1024,
     ) -> None:
         super().__init__()
-        if isinstance(namespaces, str):
-            raise TypeError(f"namespaces must be a sequence of names, got the text {namespaces!r}")
         if len(conditioning_dims) != len(namespaces) or len(set(namespaces)) != len(namespaces) or not namespaces:
             raise ValueError(
                 "need different namespaces and one conditioning dim for each, got namespaces "

@@ -50,6 +50,8 @@ def test_numpy_numbers_whole_numbers_and_lists_pass() -> None:
         (lambda: named(np.zeros((1, 3))), r"^named: wave must be Tensor \| None, got a numpy array of shape \[1, 3\] "),
         (lambda: named(np.zeros((1, 3))), r"float64; convert it with torch\.from_numpy$"),
         (lambda: named([[1.0, "x"]]), r"got a list of list$"),
+        (lambda: named(None, "ab"), r"^named: names must be a list of texts, got the text 'ab'$"),
+        (lambda: named(names="ab"), r"^named: names must be a list of texts, got the text 'ab'$"),
         (lambda: named(names=[torch.zeros(9)]), r"^named: names must be Sequence\[str\], got a list of Tensor$"),
         (lambda: Settings("3"), r"^Settings: size must be int, got '3' \(str\)$"),
         (lambda: Settings(3).resized(None), r"^Settings\.resized: size must be int, got None$"),
