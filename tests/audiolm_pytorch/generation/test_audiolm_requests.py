@@ -378,7 +378,8 @@ def test_callback_and_progress_bars(monkeypatch, capsys):
 
 
 NONSENSE = {
-    "seconds must be positive": [{"seconds": value} for value in (-1.0, 0, float("inf"))],
+    "seconds must be positive": [{"seconds": value} for value in (-1.0, 0)],
+    "seconds must be a finite number": [{"seconds": float("inf")}],
     "seconds must be a number": [{"seconds": float("nan")}],
     "batch_size must be at least 1": [{"batch_size": 0}, {"batch_size": -2}],
     "top_k": [{"seconds": 0.1, "sampling": {"fine": {"top_k": 0}}}],
