@@ -13,6 +13,8 @@ from audiolm_pytorch.checks.types import typed
 
 __all__ = ["MelSpectrogram", "mel_edges", "mel_filterbank", "triangular_filters"]
 
+_MAX_VALUES = 2**24  # filters are built in float64, several times as large as the file of a small model
+
 
 @typed
 def mel_filterbank(
@@ -53,6 +55,8 @@ def mel_edges(
     Returns:
         Band edges `[num_mels + 2]` in Hz, float64. Band i extends from edge i to edge i + 2; its centre is edge i + 1.
     """
+    if num_mels > _MAX_VALUES:
+        raise ValueError(f"num_mels must be at most {_MAX_VALUES}, got {num_mels}")
     span_hz = np.array([f_min_hz, f_max_hz], dtype=np.float64)
     if scale == "htk":
         low_mel, high_mel = 2595.0 * np.log10(1.0 + span_hz / 700.0)
@@ -73,6 +77,10 @@ def triangular_filters(edges_hz: "np.ndarray[Any, Any]", sample_hz: int, n_fft: 
     For m filters, `edges_hz` contains m + 2 edges in ascending order. The filters `[m, n_fft // 2 + 1]` are float64.
     The peak of each filter is 1, but it can lie between two FFT bins; the largest weight is then below 1.
     """
+    if len(edges_hz) * n_fft > _MAX_VALUES:
+        raise ValueError(
+            f"{len(edges_hz) - 2} mel filters of n_fft={n_fft} are too large; at most {_MAX_VALUES} values are possible"
+        )
     lower, centre, upper = (rearrange(edges_hz[i : len(edges_hz) - 2 + i], "m -> m 1") for i in range(3))
     bins_hz = np.arange(n_fft // 2 + 1) * sample_hz / n_fft
     return np.minimum((bins_hz - lower) / (centre - lower), (upper - bins_hz) / (upper - centre)).clip(min=0.0)

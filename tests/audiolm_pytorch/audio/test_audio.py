@@ -274,6 +274,10 @@ def test_mel_settings_that_cannot_work_are_refused() -> None:
         MelSpectrogram(sample_hz=16000, n_fft=128, win_length=256, hop_length=32, num_mels=8)
     with pytest.raises(ValueError, match="f_max_hz <= 8000"):
         mel_filterbank(16000, 512, 20, f_max_hz=9000)
+    with pytest.raises(ValueError, match="20 mel filters of n_fft=10000000 are too large"):
+        mel_filterbank(16000, 10**7, 20)
+    with pytest.raises(ValueError, match="num_mels must be at most"):
+        mel_filterbank(16000, 512, 10**10)
 
 
 def test_mel_adds_nothing_to_a_checkpoint() -> None:
