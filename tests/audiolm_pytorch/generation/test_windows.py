@@ -98,16 +98,32 @@ def decoded(decoder):
     return decoder.tokens.all().items()
 
 
+def test_the_margin_of_a_window_is_decoded_only_at_the_end_of_an_item(monkeypatch):
+    """A window ends before its margin if the item goes on, and after it if the item ends there."""
+    stops, new_session = [], SlidingWindowDecoder._new_session
+
+    def recorded(self, items, item_stops):
+        stops.append(item_stops.tolist())
+        return new_session(self, items, item_stops)
+
+    monkeypatch.setattr(SlidingWindowDecoder, "_new_session", recorded)
+    for expected, planned in ({16: [[16]], 17: [[12], [17]], 22: [[12], [22]], 23: [[12], [18], [23]]}).items():
+        stops.clear()
+        inputs = [torch.randint(0, 10, (40, 1))]
+        result = decoded(decoder_of(model_of(), [expected], inputs, None, [0], window_frames=16, margin_frames=4))
+        assert stops == planned and len(result[0]) == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("eos", [False, True])
 def test_an_item_is_the_same_alone_and_in_a_batch(pattern, eos):
     """Other items, and windows that only other items need, change no token."""
     model, rng = model_of(pattern, eos), random.Random(1)
-    for window in (None, 8, 11):
+    for window, margin in ((None, 0), (8, 0), (11, 0), (11, 3), (16, 4)):
         expected, inputs, prompt, seeds = request_of(4, rng)
         conditions = random_conditions(4)
-        options = {"window_frames": window, "allow_eos": eos}
+        options = {"window_frames": window, "margin_frames": margin, "allow_eos": eos}
         together = decoder_of(model, expected, inputs, prompt, seeds, conditions, **options)
         for item, result in enumerate(decoded(together)):
             alone = decoder_of(
