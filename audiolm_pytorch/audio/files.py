@@ -10,8 +10,8 @@ from torch import Tensor
 from audiolm_pytorch.audio.resample import resample, resample_source_span, resampled_length
 from audiolm_pytorch.audio.stream import (
     AudioInfo,
-    AudioSource,
     AudioWriter,
+    check_decoded,
     open_sound,
     sound_blocks,
 )
@@ -24,10 +24,10 @@ __all__ = ["decoded_info", "peak_safe", "read_audio", "write_audio"]
 @typed
 def decoded_info(path: str | Path) -> AudioInfo:
     """Return sample rate, length and number of channels of an audio file, after decoding the whole file."""
-    source = AudioSource(path, channels=None)
-    for _ in source:
-        pass
-    return source.info
+    with open_sound(Path(path)) as file:
+        num_samples = sum(map(len, sound_blocks(file, file.frames)))
+        check_decoded(Path(path), file, num_samples)
+        return AudioInfo(file.samplerate, num_samples, file.channels)
 
 
 @typed

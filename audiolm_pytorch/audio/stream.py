@@ -22,6 +22,7 @@ __all__ = [
     "AudioInfo",
     "AudioSource",
     "AudioWriter",
+    "check_decoded",
     "open_sound",
     "sound_blocks",
 ]
@@ -76,6 +77,15 @@ def sound_blocks(file: soundfile.SoundFile, num_frames: int) -> Iterator[np.ndar
         yield block
 
 
+def check_decoded(path: Path, file: soundfile.SoundFile, num_samples: int) -> None:
+    """Raise a ValueError if a file, of which `num_samples` samples were decoded, is empty or damaged."""
+    if num_samples == 0:
+        raise ValueError(f"{path}: the file contains no samples")
+    # The header of an MP3 without an index (Xing header) only estimates the length; other formats store it.
+    if num_samples < file.frames and file.format != "MP3":
+        raise ValueError(f"{path}: the file is damaged; only {num_samples} of {file.frames} samples can be decoded")
+
+
 class AudioSource:
     """Audio file that yields float32 blocks `[c, n]`; the concatenated blocks equal the wave of `read_audio`.
 
@@ -110,13 +120,7 @@ class AudioSource:
                 chunk = resampler.push(with_channels(wave, self.channels, f"{self.path}: the file"))
                 if chunk.shape[-1]:
                     yield chunk
-            if num_samples == 0:
-                raise ValueError(f"{self.path}: the file contains no samples")
-            # The header of an MP3 without an index (Xing header) only estimates the length; other formats store it.
-            if num_samples < file.frames and file.format != "MP3":
-                raise ValueError(
-                    f"{self.path}: the file is damaged; only {num_samples} of {file.frames} samples can be decoded"
-                )
+            check_decoded(self.path, file, num_samples)
         self.info = replace(self.info, num_samples=num_samples)
         chunk = resampler.finish()
         self.num_samples = resampler.num_returned

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -138,10 +139,10 @@ def content_digest(path: Path) -> str:
 
     Large files are not read whole, because the files of a data set are digested at every start of a run.
     """
-    num_bytes = path.stat().st_size
-    last = max(0, num_bytes - _DIGEST_BLOCK_BYTES)
     digest = hashlib.blake2b(digest_size=8)
     with path.open("rb", buffering=0) as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        last = max(0, num_bytes - _DIGEST_BLOCK_BYTES)
         for start in sorted({0, last // 2, last}):
             file.seek(start)
             digest.update(file.read(_DIGEST_BLOCK_BYTES))

@@ -106,7 +106,7 @@ def test_streams_take_every_float_type(dtype):
     output = torch.cat([stream.push(wave), stream.finish()], dim=1)
     assert torch.equal(output, resample(wave.float(), 16000, 8000))
     with pytest.raises(ValueError, match=r"wave must be \[1, n\], got shape \[4000\]"):
-        stream.push(wave[0])
+        StreamingResampler(16000, 8000, 1).push(wave[0])
 
 
 def test_parts_and_channels_that_no_file_has(write_tone):
