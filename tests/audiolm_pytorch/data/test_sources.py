@@ -566,7 +566,7 @@ def test_bad_examples_are_left_out_with_the_reason(caplog: pytest.LogCaptureFixt
     assert "float tensor" in report.rejected[0].reason and "torch.Tensor" in report.rejected[2].reason
     with pytest.raises(ValueError, match="none of 4 .*sample rate is not known"):
         load_items(Waves())
-    with pytest.raises(ValueError, match="none of 4 .*768000"):
+    with pytest.raises(ValueError, match="sample_hz must be in 1000..768000"):
         load_items(Waves(), sample_hz=10**9)
     with pytest.raises(ValueError, match="none of 4 .*has 3 channels, 1 or 2"):
         load_items(Waves(16000, channels=3), channels=2)
