@@ -249,7 +249,7 @@ def test_wrong_prompts_are_one_line(musiclm: MusicLM) -> None:
     for message, prompt in {
         r"times of a story must start with 0 and increase, got \[1.0\]": [(1, LOW)],
         r"increase, got \[0.0, 2.0, 1.0\]": [(0, LOW), (2, HIGH), (1, LOW)],
-        r"increase, got \[0.0, nan\]": [(0, LOW), (float("nan"), HIGH)],
+        "text must be a number, got NaN": [(0, LOW), (float("nan"), HIGH)],
         "a story changes after 3 s, but the music ends after 0.5 s": [(0, LOW), (3, HIGH)],
         "got an empty list of texts": [],
         "empty": [(0, LOW), (0.1, " ")],
@@ -258,7 +258,7 @@ def test_wrong_prompts_are_one_line(musiclm: MusicLM) -> None:
             musiclm(prompt, **REQUEST)
         assert "\n" not in str(caught.value)
     for weights in ([-1.0, 2.0], [0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0]):
-        with pytest.raises(ValueError, match="parts need finite weights that are not negative and not all 0"):
+        with pytest.raises(ValueError, match="parts (need finite weights that are|must be a (finite )?number)"):
             Mixture([(LOW, weights[0]), (HIGH, weights[1])])
     with pytest.raises(ValueError, match="1 item per text|different numbers of items"):
         musiclm([LOW, HIGH], negative_text=[LOW, HIGH, LOW], **REQUEST, **GUIDED)
