@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         FineTransformer as FineTransformer,
         SemanticTransformer as SemanticTransformer,
     )
+    from audiolm_pytorch.lm.task import StageObjective as StageObjective
     from audiolm_pytorch.lm.trainers import (
         CoarseTransformerTrainer as CoarseTransformerTrainer,
         EntropyTransformerTrainer as EntropyTransformerTrainer,

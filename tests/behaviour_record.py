@@ -422,6 +422,8 @@ def train_stages(folder: Path) -> dict:
         {"wav2vec": SemanticTokenizer.from_pretrained("semantic_16khz")},
         {"codec": Codec.from_pretrained("codec_16khz")},
     )
+    from audiolm_pytorch.lm.task import StageObjective
+
     data = {"folder": write_clips(folder / "data"), "data_max_length_seconds": 0.6}
     plans = {
         "semantic": (SemanticTransformerTrainer, semantic, {"text_prob": 0.5}),
@@ -431,7 +433,11 @@ def train_stages(folder: Path) -> dict:
     found = {}
     for name, (trainer, parts, choices) in plans.items():
         stage = tiny_stages(only=name, **CODES, dropout=0.1, forget_prob=0.1, null_tokens=2)
-        common = {"audio_conditioner": tiny_conditioner(), "results_folder": folder / name, "level_drop_prob": 0.3}
+        common = {
+            "audio_conditioner": tiny_conditioner(),
+            "results_folder": folder / name,
+            "objective": StageObjective(level_drop_prob=0.3),
+        }
         run = of_run(trainer(transformer=stage, **parts, **common, **data, **choices, **RUN), folder / name)
         found |= {f"{name}.{key}": value for key, value in run.items()}
     return found

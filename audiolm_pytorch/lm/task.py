@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,43 @@ from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.training import LossOutput, Phase
 from audiolm_pytorch.training.distributed import to_device
 
-__all__ = ["StageTask"]
+__all__ = ["StageObjective", "StageTask"]
 
 logger = logger_named(__name__)
 
 _MAX_VALID_ITEMS = 128
 # Entries of a stage's config that do not change its weights.
 _NOT_DECISIVE = ("max_seconds", "token_fingerprints", "checkpoint_blocks")
+
+
+@typed
+@dataclass(frozen=True)
+class StageObjective:
+    """Noise in the inputs of a stage in training, and weights of the levels in its loss.
+
+    Args:
+        level_drop_prob: Probability that training drops the last levels of the conditioning codes of an item, so that
+            the stage learns to work with the first levels; the number of dropped levels is random.
+        history_noise: Largest share of the predicted tokens that random tokens replace in the input of the stage, so
+            that the stage learns to continue its own imperfect samples. Training draws the share of each item uniformly
+            from 0 to `history_noise`. Targets have no noise.
+        input_noise: The same for the input tokens that an earlier stage predicts in generation.
+        level_weights: Weight of every predicted level in the training loss, which is the weighted mean of the levels;
+            empty = equal weights. Metrics and validation have equal weights.
+    """
+
+    level_drop_prob: float = 0.0
+    history_noise: float = 0.0
+    input_noise: float = 0.0
+    level_weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the ranges of all fields."""
+        for name in ("level_drop_prob", "history_noise", "input_noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not all(weight > 0 for weight in self.level_weights):
+            raise ValueError(f"level_weights must be positive numbers, got {self.level_weights}")
 
 
 class StageTask:
@@ -35,14 +66,6 @@ class StageTask:
     Args:
         text_conditioner: Text encoder; needed by a stage with a `text_dim`. Parameters of the encoder that require
             gradients are trained with the stage.
-        level_drop_prob: Probability that training drops the last levels of the conditioning codes of an item, so that
-            the stage learns to work with the first levels; the number of dropped levels is random.
-        history_noise: Largest share of the predicted tokens that random tokens replace in the input of the stage, so
-            that the stage learns to continue its own imperfect samples. Training draws the share of each item uniformly
-            from 0 to `history_noise`. Targets have no noise.
-        input_noise: The same for the input tokens that an earlier stage predicts in generation.
-        level_weights: Weight of every predicted level in the training loss, which is the weighted mean of the levels;
-            empty = equal weights. Metrics and validation have equal weights.
 
     Attributes:
         config: Settings that must not change when a run is resumed; the trainer adds the settings of its data.
@@ -57,10 +80,7 @@ class StageTask:
         *,
         audio_conditioner: Conditioner | None = None,
         text_conditioner: TextEncoder | None = None,
-        level_drop_prob: float = 0.0,
-        history_noise: float = 0.0,
-        input_noise: float = 0.0,
-        level_weights: Sequence[float] = (),
+        objective: StageObjective | None = None,
         batch_size: int = 16,
         token_fingerprints: Mapping[str, str] | None = None,
     ) -> None:
@@ -73,19 +93,19 @@ class StageTask:
             raise ValueError(
                 "got only one of a text_conditioner and a transformer with a text_dim; pass both or neither"
             )
-        shares = {"level_drop_prob": level_drop_prob, "history_noise": history_noise, "input_noise": input_noise}
-        for name, share in shares.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {share}")
-        if level_drop_prob > 0 and audio_conditioner is None:
-            raise ValueError(f"got {level_drop_prob=} for a stage without conditioning codes; set level_drop_prob=0")
+        objective = objective or StageObjective()
+        if objective.level_drop_prob > 0 and audio_conditioner is None:
+            raise ValueError(
+                f"got level_drop_prob={objective.level_drop_prob} for a stage without conditioning codes; set "
+                "level_drop_prob=0"
+            )
         self.transformer, self.train, self.valid = transformer, train, valid
         self.conditioner, self.text_conditioner = audio_conditioner, text_conditioner
-        self.level_drop_prob, self.batch_size = level_drop_prob, batch_size
-        self.noise = _noise_of_streams(transformer, history_noise, input_noise)
-        self.level_weights, stream = tuple(level_weights), transformer.layout.predicted[0]
-        if self.level_weights and (len(level_weights) != stream.num_levels or min(level_weights) <= 0):
-            raise ValueError(f"level_weights needs {stream.num_levels} positive numbers, got {self.level_weights}")
+        self.objective, self.batch_size = objective, batch_size
+        self.noise = _noise_of_streams(transformer, objective.history_noise, objective.input_noise)
+        num_levels = transformer.layout.predicted[0].num_levels
+        if len(objective.level_weights) not in (0, num_levels):
+            raise ValueError(f"level_weights needs {num_levels} numbers, got {objective.level_weights}")
         self.name = f"{transformer.namespace} transformer"
         parts: dict[str, nn.Module] = {"transformer": transformer}
         if audio_conditioner is not None:
@@ -103,8 +123,8 @@ class StageTask:
         self.token_fingerprints = dict(token_fingerprints or {})
         config = {name: value for name, value in transformer.config.items() if name not in _NOT_DECISIVE}
         self.config: dict[str, Any] = {
-            **shares,
-            "level_weights": list(self.level_weights),
+            **asdict(objective),
+            "level_weights": list(objective.level_weights),
             "transformer": json.loads(json.dumps(config)),
             "token_fingerprints": self.token_fingerprints,
         }
@@ -116,7 +136,7 @@ class StageTask:
     def loss(self, batch: Any, step: int) -> LossOutput:
         """Return the cross-entropy of a training batch in nats per token, as the mean with weights of the levels."""
         prediction = self._predict(self.train, batch)
-        loss, weights = prediction.loss, self.level_weights
+        loss, weights = prediction.loss, self.objective.level_weights
         if len(weights) > 1:
             name = self.transformer.layout.predicted[0].name
             levels = torch.stack([prediction.per_stream[f"{name}.{level}"] for level in range(len(weights))])
@@ -180,8 +200,8 @@ class StageTask:
                 "null_tokens=%d",
                 *(self.name, num_codes, num_nulls, num_codes),
             )
-        drops = self.transformer.training and self.level_drop_prob > 0
-        return _drop_levels(codes, self.level_drop_prob) if drops else codes
+        probability = self.objective.level_drop_prob
+        return _drop_levels(codes, probability) if self.transformer.training and probability > 0 else codes
 
     def _states(self, texts: Sequence[str | None] | None) -> ConditionTensor | None:
         """Encode the captions of a batch with the text encoder; return None if no item has a caption."""

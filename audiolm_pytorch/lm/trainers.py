@@ -1,6 +1,6 @@
 """Trainers of the three stages of AudioLM, and of the entropy model of a codec."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from audiolm_pytorch.lm.compatibility import agreed_fingerprints, check_compatib
 from audiolm_pytorch.lm.entropy_transformer import EntropyTransformer
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
-from audiolm_pytorch.lm.task import StageTask
+from audiolm_pytorch.lm.task import StageObjective, StageTask
 from audiolm_pytorch.lm.training_data import (
     ConditionFunction,
     ShardSource,
@@ -73,7 +73,7 @@ class StageTrainer:
             whole recordings.
         results_folder: Folder for checkpoints, metrics and the trained stage; by default
             `./results/<stage>_transformer`.
-        level_drop_prob, history_noise, input_noise, level_weights: See `StageTask`.
+        objective: Noise in the inputs of the stage, and weights of the levels in its loss.
         text_prob: Probability that training computes the codes of a recording from its caption, as in generation,
             instead of its audio.
         conditioners: Functions that compute further conditions of the stage from a `WaveBatch`, by condition name; not
@@ -103,10 +103,7 @@ class StageTrainer:
         num_train_steps: int,
         results_folder: str | Path | None = None,
         accelerator: "accelerate.Accelerator | None" = None,
-        level_drop_prob: float = 0.0,
-        history_noise: float = 0.0,
-        input_noise: float = 0.0,
-        level_weights: Sequence[float] = (),
+        objective: StageObjective | None = None,
         text_prob: float = 0.0,
         conditioners: Mapping[str, ConditionFunction] | None = None,
         augment_text: TextFunction | None = None,
@@ -142,12 +139,7 @@ class StageTrainer:
             augmentations: dict[str, Any] = {"augment_text": augment_text, "augment_waves": augment_waves}
             train = WaveSource(train_items, transformer, text_prob=text_prob, **augmentations, **options)
             valid = WaveSource(valid_items, transformer, **options)
-        if (transformer.text_dim is not None or text_prob > 0) and not train.has_captions:
-            setting = f"{text_prob=}" if transformer.text_dim is None else f"text_dim={transformer.text_dim}"
-            raise ValueError(
-                f"the {transformer.namespace} transformer is trained with {setting}, but none of {len(train)} "
-                "recordings has a caption; add captions to the manifest, or train without this setting"
-            )
+        _check_captions(transformer, train)
         if not all_shards:
             _warn_of_unused(transformer, wav2vec, codec, train, bool(conditioners))
         self.transformer, self.conditioner, self.text_conditioner = transformer, audio_conditioner, text_conditioner
@@ -157,10 +149,7 @@ class StageTrainer:
             valid,
             audio_conditioner=audio_conditioner,
             text_conditioner=text_conditioner,
-            level_drop_prob=level_drop_prob,
-            history_noise=history_noise,
-            input_noise=input_noise,
-            level_weights=level_weights,
+            objective=objective,
             batch_size=batch_size,
             token_fingerprints=agreed_fingerprints(transformer, *modules, all_shards),
         )
@@ -199,6 +188,17 @@ class StageTrainer:
             table = weights_of(self.conditioner.table(namespace))
             write_weights(self.results_folder / TABLE_FILE, table, sealed=True)
         save_module(self.transformer, self.results_folder / namespace)
+
+
+def _check_captions(transformer: StageTransformer, train: StageSource) -> None:
+    """Check that a stage that is trained on captions has a recording with a caption."""
+    if train.has_captions or not (train.uses_captions or train.text_prob > 0):
+        return
+    setting = f"text_dim={transformer.text_dim}" if train.uses_captions else f"text_prob={train.text_prob}"
+    raise ValueError(
+        f"the {transformer.namespace} transformer is trained with {setting}, but none of {len(train)} recordings has a "
+        "caption; add captions to the manifest, or train without this setting"
+    )
 
 
 def _token_seconds(seconds: float | None, *tokenizers: SemanticTokenizer | Codec | None) -> float:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.lm.task import StageObjective
 
 __all__ = [
     "PRESETS",
@@ -141,22 +142,17 @@ class QuantizerConfig:
 class StageConfig(TransformerConfig):
     """Settings of the language model of one stage, with probabilities for training and defaults for generation.
 
-    In training, the condition codes of an item are removed with probability `cond_drop_prob`, and truncated to the
-    first levels with probability `level_drop_prob`. With probability `text_prob`, condition codes are computed from a
-    caption instead of the recording. Random tokens replace up to a share `history_noise` of the predicted tokens that
-    the model reads, and up to `input_noise` of the tokens of the stage before. The loss is the mean over the predicted
-    levels, weighted by `level_weights`. Only the coarse stage uses `semantic_lookahead_seconds` and `guide_semantic`.
+    In training, the condition codes of an item are removed with probability `cond_drop_prob`. With probability
+    `text_prob`, condition codes are computed from a caption instead of the recording. Only the coarse stage uses
+    `semantic_lookahead_seconds` and `guide_semantic`.
     """
 
     dropout: float
     cond_drop_prob: float
-    level_drop_prob: float
+    objective: StageObjective
     temperature: float = 1.0
     guidance_scale: float = 1.0
     text_prob: float = 0.0
-    history_noise: float = 0.0
-    input_noise: float = 0.0
-    level_weights: tuple[float, ...] = ()
     semantic_lookahead_seconds: float = 0.0
     guide_semantic: bool = False
 
@@ -196,8 +192,8 @@ class Preset:
 
 
 _TINY_STAGE = StageConfig(
-    dim=256, depth=6, heads=4, dropout=0.05, cond_drop_prob=0.1, level_drop_prob=0.2, guidance_scale=3.0,
-    run=RunConfig(4000, 16, 5.0, 1e-3),
+    dim=256, depth=6, heads=4, dropout=0.05, cond_drop_prob=0.1, guidance_scale=3.0,
+    objective=StageObjective(level_drop_prob=0.2), run=RunConfig(4000, 16, 5.0, 1e-3),
 )  # fmt: skip
 # For two CPU cores: about two hours, at most 50 MB as fp16. recipes/README.md lists the trials behind it.
 _TINY = Preset(
@@ -217,19 +213,20 @@ _TINY = Preset(
     semantic=_TINY_STAGE,
     coarse=replace(
         _TINY_STAGE, dim=192, heads=3, run=RunConfig(3000, 16, 5.0, 1e-3), temperature=0.95, guidance_scale=1.5,
-        history_noise=0.6, semantic_lookahead_seconds=0.32, guide_semantic=True,
+        objective=StageObjective(level_drop_prob=0.2, history_noise=0.6),
+        semantic_lookahead_seconds=0.32, guide_semantic=True,
     ),
     fine=replace(
         _TINY_STAGE, dim=96, depth=3, heads=2, run=RunConfig(2000, 32, 2.0, 1e-3), temperature=0.4, guidance_scale=1.0,
-        history_noise=0.6, input_noise=0.2,
+        objective=StageObjective(level_drop_prob=0.2, history_noise=0.6, input_noise=0.2),
     ),
     num_coarse_quantizers=2,
 )  # fmt: skip
 
 _SMALL_RUN = RunConfig(200_000, 64, 30.0, 3e-4, warmup_steps=2000)
 _SMALL_STAGE = StageConfig(
-    dim=768, depth=12, heads=12, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.1, guidance_scale=3.0,
-    run=_SMALL_RUN,
+    dim=768, depth=12, heads=12, dropout=0.1, cond_drop_prob=0.1, guidance_scale=3.0,
+    objective=StageObjective(level_drop_prob=0.1), run=_SMALL_RUN,
 )  # fmt: skip
 # For one GPU: about a day. MusicLM's rates, with models of a tenth of its size.
 _SMALL = Preset(

@@ -95,11 +95,8 @@ def stage_trainer(preset: Preset, transformer: StageTransformer, stage: str, **d
     return _STAGE_TRAINERS[stage](
         transformer=transformer,
         data_max_length_seconds=config.run.seconds,
-        level_drop_prob=config.level_drop_prob,
+        objective=config.objective,
         text_prob=config.text_prob,
-        history_noise=config.history_noise,
-        input_noise=config.input_noise,
-        level_weights=config.level_weights,
         **loop_settings(config.run),
         **data_and_loop,
     )

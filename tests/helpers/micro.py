@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from audiolm_pytorch.lm.task import StageObjective
 from musiclm_pytorch.pipeline import presets as config
 from musiclm_pytorch.pipeline.presets import (
     CodecConfig,
@@ -36,8 +37,15 @@ def _run(seconds: float = 1.0, **changes: Any) -> RunConfig:
     return replace(run, **changes)
 
 
+_FINE_OBJECTIVE = StageObjective(level_drop_prob=0.2, history_noise=0.5, input_noise=0.2, level_weights=(2.0, 1.0))
 _STAGE = StageConfig(
-    dim=32, depth=1, heads=2, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.2, run=_run(precision="bf16")
+    dim=32,
+    depth=1,
+    heads=2,
+    dropout=0.1,
+    cond_drop_prob=0.1,
+    objective=StageObjective(level_drop_prob=0.2),
+    run=_run(precision="bf16"),
 )
 
 MICRO = Preset(
@@ -59,8 +67,13 @@ MICRO = Preset(
     ),
     quantizer=QuantizerConfig(num_quantizers=2, codebook_size=4),
     semantic=_STAGE,
-    coarse=replace(_STAGE, history_noise=0.5, semantic_lookahead_seconds=0.08, guide_semantic=True),
-    fine=replace(_STAGE, dim=16, run=_run(0.5), history_noise=0.5, input_noise=0.2, level_weights=(2.0, 1.0)),
+    coarse=replace(
+        _STAGE,
+        objective=StageObjective(level_drop_prob=0.2, history_noise=0.5),
+        semantic_lookahead_seconds=0.08,
+        guide_semantic=True,
+    ),
+    fine=replace(_STAGE, dim=16, run=_run(0.5), objective=_FINE_OBJECTIVE),
     num_coarse_quantizers=1,
     melody=MelodyConfig(
         **{"dim": 16, "depth": 1, "heads": 2, "sample_hz": 8000, "num_mels": 40, "n_fft": 512, "hop_length": 256},

@@ -14,10 +14,11 @@ from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.data import AudioItem, CropDataset, load_items
 from audiolm_pytorch.data.shards import write_shards
 from audiolm_pytorch.lm.entropy_transformer import EntropyTransformer
+from audiolm_pytorch.lm.task import StageObjective
 from audiolm_pytorch.nn.film import FiLM
 from audiolm_pytorch.saving.hub import LoadedModel
 from audiolm_pytorch.saving.modules import save_module
-from audiolm_pytorch.semantic import BestRQ, BestRQEncoder
+from audiolm_pytorch.semantic import BestRQ, BestRQEncoder, deduplicate
 from audiolm_pytorch.training import LoopSettings
 from musiclm_pytorch import MelodyEmbedder, MusicGen
 from musiclm_pytorch.evaluation.metric import ClipSet
@@ -157,6 +158,10 @@ def _trainer(**parts: Any) -> dict[str, Any]:
 
 
 DATA_ROWS: dict[str, Callable[[], dict[str, Any]]] = {
+    "StageObjective": lambda: {
+        **{"level_drop_prob": 0.1, "history_noise": 0.1, "input_noise": 0.1, "level_weights": (1.0, 2.0)},
+    },
+    "expand": lambda: {"runs": deduplicate(torch.tensor([[1, 1, 2, 3]]))},
     "LoopSettings": lambda: {
         **{"num_train_steps": 2, "batch_size": 1, "learning_rate": 0.1, "warmup_steps": 1, "final_lr_fraction": 0.1},
         **{"weight_decay": 0.1, "betas": (0.9, 0.99), "grad_accum_every": 1, "max_grad_norm": 1.0, "ema_decay": 0.9},
@@ -211,15 +216,15 @@ DATA_ROWS: dict[str, Callable[[], dict[str, Any]]] = {
     "SemanticTokenizerTrainer": lambda: _trainer(encoder=_wide_encoder(), seconds=0.25),
     "SemanticTransformerTrainer": lambda: _trainer(
         **{"transformer": _stage("semantic"), "wav2vec": small.small_tokenizer(), "data_max_length_seconds": 0.25},
-        **{"history_noise": 0.1, "level_weights": (1.0,)},
+        **{"objective": StageObjective(history_noise=0.1, level_weights=(1.0,))},
     ),
     "CoarseTransformerTrainer": lambda: _trainer(
         **{"transformer": _stage("coarse"), "wav2vec": small.small_tokenizer(), "codec": small.small_soundstream()},
-        **{"data_max_length": 2000, "history_noise": 0.1, "input_noise": 0.1, "level_weights": (1.0,)},
+        **{"data_max_length": 2000, "objective": StageObjective(history_noise=0.1, input_noise=0.1)},
     ),
     "FineTransformerTrainer": lambda: _trainer(
         **{"transformer": _stage("fine"), "codec": small.small_soundstream(), "data_max_length_seconds": 0.25},
-        **{"input_noise": 0.1, "level_weights": (1.0, 1.0)},
+        **{"objective": StageObjective(input_noise=0.1, level_weights=(1.0, 1.0))},
     ),
     "SoundStreamTrainer": lambda: _trainer(
         **{"soundstream": small.small_soundstream(denoising=FiLM(dim=16)), "noise_folder": _sounds()},

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from audiolm_pytorch.data import TokenShards, write_shards
-from audiolm_pytorch.lm.task import StageTask
+from audiolm_pytorch.lm.task import StageObjective, StageTask
 from audiolm_pytorch.lm.training_data import ShardSource
 from audiolm_pytorch.saving.files import read_weights
 from audiolm_pytorch.tokens.streams import Stream
@@ -37,7 +37,7 @@ def noisy_task(folder: Path, name: str, pattern: str = "delayed", **noise: Any) 
     stage = tiny_stages()[name]
     stage = type(stage)(**{**stage.config, **SIZES, "pattern": pattern, "extra_streams": EXTRA})
     source = ShardSource(TokenShards(folder), stage, seconds=3.6, audio_conditioner=None)
-    return StageTask(stage, source, source, **noise)
+    return StageTask(stage, source, source, objective=StageObjective(**noise))
 
 
 def read_and_predicted(task: StageTask, is_training: bool = True):
@@ -105,7 +105,7 @@ def train(folder: Path, *stops: int | None, **noise: float) -> dict[str, torch.T
             transformer=tiny_stages()["coarse"],
             shards=make_shards(folder.parent / "shards"),
             results_folder=folder,
-            **noise,
+            objective=StageObjective(**noise),
             **QUICK,
         )
         trainer.train(stop_after_steps=stop)
@@ -149,15 +149,16 @@ def test_level_weights_change_only_the_training_loss(tmp_path):
     torch.testing.assert_close(losses[3, 1].loss.detach(), 0.75 * levels[0] + 0.25 * levels[1])
     torch.testing.assert_close(losses[1, 1].loss, losses[()].loss)
     assert losses[3, 1].metrics["loss_coarse"] == losses[()].metrics["loss_coarse"]
-    for wrong in ((1,), (1, 0)):
-        with pytest.raises(ValueError, match="level_weights needs 2 positive numbers, got"):
+    for wrong, message in (((1,), "level_weights needs 2 numbers, got"), ((1, 0), "level_weights must be positive")):
+        with pytest.raises(ValueError, match=message):
             noisy_task(tmp_path, "coarse", level_weights=wrong)
 
 
 def test_wrong_noise_raises_errors(tmp_path):
     """Shares outside [0, 1], and noise for inputs that no stage predicts."""
-    with pytest.raises(ValueError, match=r"history_noise must be in \[0, 1\], got 1.5"):
-        noisy_task(tmp_path / "one", "coarse", history_noise=1.5)
+    for name in ("level_drop_prob", "history_noise", "input_noise"):
+        with pytest.raises(ValueError, match=rf"{name} must be in \[0, 1\], got 1.5"):
+            StageObjective(**{name: 1.5})
     with pytest.raises(ValueError, match="no earlier stage predicts the inputs of the semantic transformer"):
         noisy_task(tmp_path / "two", "semantic", input_noise=0.1)
 

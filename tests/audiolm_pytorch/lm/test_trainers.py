@@ -13,7 +13,7 @@ import torch
 from audiolm_pytorch.data import TokenShards, write_shards
 from audiolm_pytorch.data.captions import encode_texts
 from audiolm_pytorch.generation.wrappers import CoarseTransformerWrapper
-from audiolm_pytorch.lm.task import StageTask, _drop_levels
+from audiolm_pytorch.lm.task import StageObjective, StageTask, _drop_levels
 from audiolm_pytorch.lm.trainers import CoarseTransformerTrainer, FineTransformerTrainer, SemanticTransformerTrainer
 from audiolm_pytorch.lm.training_data import ShardSource
 from audiolm_pytorch.saving.files import read_weights
@@ -105,7 +105,7 @@ def test_learns_from_shards_and_reports_chance(name, tmp_path):
         audio_conditioner=FakeConditioner(),
         shards=shards,
         results_folder=tmp_path / "run",
-        level_drop_prob=0.5,
+        objective=StageObjective(level_drop_prob=0.5),
         **{**QUICK, "num_train_steps": 60, "batch_size": 4},
     )
     metrics = trainer.train().metrics
@@ -187,7 +187,7 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path):
                 audio_conditioner=conditioner,
                 shards=make_shards(tmp_path / "shards"),
                 results_folder=tmp_path / f"run{len(stops)}",
-                level_drop_prob=0.5,
+                objective=StageObjective(level_drop_prob=0.5),
                 **QUICK,
             )
             trainer.train(stop_after_steps=stop)
@@ -287,7 +287,7 @@ def test_latents_belong_to_the_window_of_the_crop(tmp_path, crop_seconds):
 
 def _run_of(tmp_path, *, stage=None, **changes):
     """A trainer in one folder with changed arguments."""
-    settings = {**QUICK, "level_drop_prob": 0.5, **changes}
+    settings = {**QUICK, "objective": StageObjective(level_drop_prob=0.5), **changes}
     return SemanticTransformerTrainer(
         transformer=tiny_stages(**{**CONDITION, **(stage or {})})["semantic"],
         audio_conditioner=FakeConditioner(),
@@ -298,7 +298,7 @@ def _run_of(tmp_path, *, stage=None, **changes):
 
 
 OTHER_RUNS = [
-    ({"level_drop_prob": 0.0}, r"level_drop_prob: found 0.5, expected 0.0"),
+    ({"objective": StageObjective()}, r"level_drop_prob: found 0.5, expected 0.0"),
     ({"data_max_length_seconds": 0.8}, r"crop_seconds: found 0.4, expected 0.8"),
     ({"data_max_length_seconds": None}, r"crop_seconds: found 0.4, expected None"),
     ({"stage": {"cond_drop_prob": 0.3}}, r"transformer.cond_drop_prob: found 0.1, expected 0.3"),
@@ -368,7 +368,7 @@ def conditioned_trainer(folder, ema_decay):
         text_conditioner=FakeTextConditioner(),
         shards=TokenShards(shards),
         results_folder=folder,
-        level_drop_prob=0.3,
+        objective=StageObjective(level_drop_prob=0.3),
         ema_decay=ema_decay,
         **{**QUICK, "batch_size": 4, "num_train_steps": 30, "data_max_length_seconds": None},
     )
@@ -431,13 +431,15 @@ def test_generation_between_steps_changes_nothing(ema_decay, tmp_path):
 
 
 def test_wrong_arguments_raise_errors(tmp_path, write_folder):
-    """Crops shorter than a token, and wrong probabilities."""
+    """Crops shorter than a token, and dropped levels of a stage without codes."""
     folder = write_folder(num_files=4, sample_hz=SAMPLE_HZ)
     common = {**QUICK, "results_folder": tmp_path / "run"}
     for wrong, message in [
         ({"data_max_length_seconds": 0.03}, "crops of 0.03 s, but a token lasts 0.04 s"),
-        ({"level_drop_prob": 2.0}, "level_drop_prob must be in"),
-        ({"level_drop_prob": 0.5}, "level_drop_prob=0.5 for a stage without conditioning codes"),
+        (
+            {"objective": StageObjective(level_drop_prob=0.5)},
+            "level_drop_prob=0.5 for a stage without conditioning codes",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             SemanticTransformerTrainer(

@@ -178,7 +178,7 @@ def test_scale_multiplies_step_counts_only(name):
         assert 1 <= shorter.warmup_steps <= max(1, shorter.num_train_steps // 10)
         assert shorter.learning_rate == full.learning_rate
     assert half.codec.dim == preset.codec.dim and half.quantizer == preset.quantizer
-    assert preset.scaled(1.0) is preset
+    assert preset.scaled(1.0) == preset
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
