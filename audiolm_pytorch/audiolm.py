@@ -36,7 +36,7 @@ from audiolm_pytorch.generation.sampling import (
     stage_generator,
     update_sampling,
 )
-from audiolm_pytorch.generation.windows import SlidingWindowDecoder, StagePipeline
+from audiolm_pytorch.generation.windows import MARGIN_DIVISOR, SlidingWindowDecoder, StagePipeline
 from audiolm_pytorch.lm.compatibility import check_compatible, check_stages_compatible
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
@@ -60,9 +60,6 @@ _PARTS: dict[str, Any] = {
     "audio_conditioner": Conditioner,
     "text_conditioner": TextEncoder,
 }
-# Share of a window that is kept free at its end, 0.2 s of 5 s. With it, the spectral flux at the seams of 20 s of the
-# bundled model is at the 38th percentile of the rest instead of the 80th.
-_MARGIN_DIVISOR = 25
 # Parts whose fingerprints the stages store, with their submodules that may be rounded.
 _FINGERPRINTED: dict[str, tuple[str, ...]] = {
     **{"wav2vec": (), "codec": (), "text_conditioner": ()},
@@ -262,7 +259,7 @@ class AudioLM(SharedModel):
                 sources={} if source is None else {source.name: source},
                 prompt=prompt,
                 window_frames=stage.window_frames,
-                margin_frames=(stage.window_frames or 0) // _MARGIN_DIVISOR,
+                margin_frames=(stage.window_frames or 0) // MARGIN_DIVISOR,
                 batch_size=batch,
                 conditioning=conditions[name],
                 changes=[(frames[kind], part) for frames, part in zip(changes, later)],

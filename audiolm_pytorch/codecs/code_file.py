@@ -21,7 +21,8 @@ _SUFFIX = ".safetensors"
 _FORMAT_VERSION = 1
 _MAX_INTEGER = 2**53  # exact also as a float
 _CODES, _SCALES, _COMPRESSION = "codes", "scales", "compression"
-CODES_MARKS = (_HEADER,) = ("audio_codes",)
+_HEADER = "audio_codes"
+CODES_MARKS = (_HEADER,)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from audiolm_pytorch.nn.module_state import device_of
 __all__ = ["SOUND_MARKS", "FileCodec"]
 
 _FRAMES_PER_CHUNK = 500
-SOUND_MARKS = (_COMMENT,) = ("decoded by audiolm_pytorch",)
+_COMMENT = "decoded by audiolm_pytorch"
+SOUND_MARKS = (_COMMENT,)
 
 
 class FileCodec:

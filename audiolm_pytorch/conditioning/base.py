@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from audiolm_pytorch.checks.types import described, typed
 from audiolm_pytorch.saving.modules import SavedModule
@@ -52,6 +53,13 @@ class ConditionTensor:
             return value
         embeddings = value.unsqueeze(1) if value.ndim == 2 else value
         return cls(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device=value.device))
+
+    @classmethod
+    def padded(cls, items: Sequence[Tensor]) -> "ConditionTensor":
+        """Pad the embeddings `[m_i, d]` of all items to one batch; m_i may be 0."""
+        lengths = torch.tensor([len(item) for item in items], device=items[0].device)
+        embeddings = pad_sequence([item if len(item) else item.new_zeros(1, item.shape[1]) for item in items], True)
+        return cls(embeddings, torch.arange(embeddings.shape[1], device=lengths.device) < lengths.unsqueeze(1))
 
     def without_items(self, drop: Tensor, num_rows: Tensor | None = None) -> "ConditionTensor":
         """Return a copy in which the items where `drop [b]` (bool) is True are unconditional.

@@ -15,6 +15,7 @@ from audiolm_pytorch.conditioning.base import Conditioner, ConditionTensor, Text
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.token_model import TokenLoss
 from audiolm_pytorch.lm.training_data import StageSource
+from audiolm_pytorch.nn.module_state import check_shares
 from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.training import LossOutput, Phase
 from audiolm_pytorch.training.distributed import to_device
@@ -51,9 +52,7 @@ class StageObjective:
 
     def __post_init__(self) -> None:
         """Check the ranges of all fields."""
-        for name in ("level_drop_prob", "history_noise", "input_noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        check_shares(**{name: value for name, value in vars(self).items() if name != "level_weights"})
         if not all(weight > 0 for weight in self.level_weights):
             raise ValueError(f"level_weights must be positive numbers, got {self.level_weights}")
 

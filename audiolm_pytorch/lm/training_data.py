@@ -24,6 +24,7 @@ from audiolm_pytorch.data.manifest import captions_of
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.tokenizing import sample_rates, tokenize
+from audiolm_pytorch.nn.module_state import check_shares
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.training.distributed import to_device
 
@@ -55,7 +56,7 @@ class StageInput:
     conditions: dict[str, ConditionTensor] = field(default_factory=dict)
 
 
-# Changes the caption of a recording (or None) for an epoch, given its tags; see `tags_in`.
+# Changes the caption of a recording (or None) for an epoch; the texts are its tags, see `tags_in`.
 TextFunction = Callable[[str | None, Sequence[str], np.random.Generator], str | None]
 
 
@@ -77,8 +78,7 @@ class StageSource(ABC):
         seed: int,
         augment_text: TextFunction | None = None,
     ) -> None:
-        if not 0 <= text_prob <= 1:
-            raise ValueError(f"text_prob must be a probability in [0, 1], got {text_prob}")
+        check_shares(text_prob=text_prob)
         if text_prob > 0 and audio_conditioner is None:
             raise ValueError(
                 f"text_prob={text_prob} needs an audio_conditioner; pass an audio_conditioner, or set text_prob=0"
@@ -370,7 +370,7 @@ class ShardSource(StageSource):
             latents=None if self.conditioner is None else torch.stack([crop.latent for crop in crops]),
             is_text=torch.tensor([crop.is_text for crop in crops]),
             captions=[crop.caption for crop in crops] if self.uses_captions else None,
-            conditions={name: _padded_condition([crop.conditions[name] for crop in crops]) for name in self.ways},
+            conditions={name: ConditionTensor.padded([crop.conditions[name] for crop in crops]) for name in self.ways},
         )
 
     def read(self, batch: _TokenBatch) -> StageInput:
@@ -434,10 +434,3 @@ class ShardSource(StageSource):
                 f"the rates of the stage {rates_hz}; build the stage with the rates of the tokenizers"
             )
         return int(shortest)
-
-
-def _padded_condition(embeddings: Sequence[Tensor]) -> ConditionTensor:
-    """Pad the embeddings `[m_i, d]` of all items to one batch. The number of embeddings m_i of an item may be 0."""
-    counts = torch.tensor([len(item) for item in embeddings])
-    padded = pad_sequence([item if len(item) else item.new_zeros(1, item.shape[1]) for item in embeddings], True)
-    return ConditionTensor(padded, torch.arange(padded.shape[1]) < counts.unsqueeze(1))

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import tyro
 
 from audiolm_pytorch.saving.text import printable
-from musiclm_pytorch.cli.checks import OneLineFormatter, one_line
+from musiclm_pytorch.cli.checks import OneLineFormatter, printable_line
 
 __all__ = ["main"]
 
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _discard_unwritten_output()
         return 128 + signal.SIGPIPE
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        message = one_line(str(error)) or type(error).__name__
+        message = printable_line(str(error)) or type(error).__name__
         if _discard_unwritten_output() and isinstance(error, OSError) and error.filename is None:
             message = f"cannot write to standard output: {error.strerror}"
         print(f"musiclm: {message}", file=sys.stderr)

@@ -21,14 +21,14 @@ __all__ = [
     "check_needs",
     "check_seconds",
     "device_named",
-    "one_line",
+    "printable_line",
 ]
 
 _MAX_SECONDS = 3600
 _MAX_NUMBER = 2**32  # limit of the seeds of scikit-learn
 
 
-def one_line(text: str) -> str:
+def printable_line(text: str) -> str:
     """Return a text as one line in which control characters, such as ESC in a file name, are escaped."""
     return printable(" ".join(text.split()))
 
@@ -52,11 +52,15 @@ class ModelOptions:
 
 
 class OneLineFormatter(logging.Formatter):
-    """Formatter of log messages that calls `one_line`, so that a file name cannot imitate another message."""
+    """Formatter of log messages that calls `printable_line`, so that a file name cannot imitate another message."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Format a record as one line; a traceback keeps its lines."""
-        return f"{record.levelname} {one_line(record.getMessage())}" if not record.exc_info else super().format(record)
+        return (
+            f"{record.levelname} {printable_line(record.getMessage())}"
+            if not record.exc_info
+            else super().format(record)
+        )
 
 
 def device_named(name: str) -> "torch.device":

@@ -116,9 +116,11 @@ class Generate(ModelOptions):
     def _generate_musicgen(self, musicgen: "MusicGen") -> None:
         """Write the music of a MusicGen to a file, or chunk by chunk."""
         names = ("story", "mix", "negative", "guidance_scale", "num_samples", "rank_seconds")
-        given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, ())]
-        if given:
-            raise ValueError(f"{' and '.join(given)} need a MusicLM, {self.model} is a MusicGen; leave out {given[0]}")
+        options = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, ())]
+        if options:
+            raise ValueError(
+                f"{' and '.join(options)} need a MusicLM, {self.model} is a MusicGen; leave out {options[0]}"
+            )
         request: dict[str, Any] = {
             "texts": self.text,
             "seconds": self._seconds,

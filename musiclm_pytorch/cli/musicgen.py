@@ -115,15 +115,15 @@ class TrainMusicGen(ModelOptions):
 
         preset = musicgen_preset(self.preset)
         names = ("seconds", "batch_size", "learning_rate")
-        run = replace(preset.run.scaled(self.scale), **_given(self, names))
+        run = replace(preset.run.scaled(self.scale), **_set_options(self, names))
         return replace(preset, run=run, mix_prob=preset.mix_prob if self.mix is None else self.mix)
 
     def _parts(self, preset: "MusicGenPreset") -> dict[str, Any]:
         """Load the codec and the text encoder of a new model, or the model to fine-tune and its codec."""
         if self.from_model is not None:
-            if given := list(_given(self, _NEW)):
+            if names := list(_set_options(self, _NEW)):
                 raise ValueError(
-                    f"--{given[0].replace('_', '-')} is for a new model; leave it out, or leave out --from"
+                    f"--{names[0].replace('_', '-')} is for a new model; leave it out, or leave out --from"
                 )
             from musiclm_pytorch.musicgen.musicgen import MusicGen
 
@@ -160,6 +160,6 @@ class TrainMusicGen(ModelOptions):
         return stereo_from_mono(model) if self.stereo and model.codec.channels == 1 else model
 
 
-def _given(command: object, names: tuple[str, ...]) -> dict[str, Any]:
+def _set_options(command: object, names: tuple[str, ...]) -> dict[str, Any]:
     """Return the options with these names that are not None."""
     return {name: getattr(command, name) for name in names if getattr(command, name) is not None}

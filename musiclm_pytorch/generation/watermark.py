@@ -20,10 +20,8 @@ __all__ = ["AudioSealWatermark"]
 
 _SAMPLE_HZ = 16_000
 # Files of facebook/audioseal, and their configurations in the package audioseal.
-_GENERATOR, _DETECTOR = (
-    ("generator_base.pth", "audioseal_wm_16bits"),
-    ("detector_base.pth", "audioseal_detector_16bits"),
-)
+_GENERATOR = ("generator_base.pth", "audioseal_wm_16bits")
+_DETECTOR = ("detector_base.pth", "audioseal_detector_16bits")
 
 
 class AudioSealWatermark(nn.Module):

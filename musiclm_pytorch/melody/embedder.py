@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from audiolm_pytorch.audio.padding import checked_lengths
 from audiolm_pytorch.audio.resample import resample
@@ -191,14 +190,10 @@ class MelodyEmbedder(SavedModule):
         }
         if not frame_hz:
             raise ValueError("no stage of the model is conditioned on a melody; train stages with one, or pass none")
-        return {name: {CONDITION: self._padded(vectors, hz)} for name, hz in frame_hz.items()}
-
-    def _padded(self, vectors: Sequence[Tensor], frame_hz: Fraction) -> ConditionTensor:
-        """Return the vectors `[m_i, d]` of all items as a condition with one vector per frame."""
-        rows = [per_frame(item, self.rate_hz, frame_hz) for item in vectors]
-        counts = torch.tensor([len(item) for item in rows], device=rows[0].device)
-        padded = pad_sequence(rows, batch_first=True)
-        return ConditionTensor(padded, torch.arange(padded.shape[1], device=padded.device) < counts.unsqueeze(1))
+        return {
+            name: {CONDITION: ConditionTensor.padded([per_frame(item, self.rate_hz, hz) for item in vectors])}
+            for name, hz in frame_hz.items()
+        }
 
 
 def per_frame(vectors: Tensor, rate_hz: Fraction, frame_hz: Fraction) -> Tensor:

@@ -74,12 +74,14 @@ class MelodyTask:
         """Return windows `[b, 2, w, n]` of two renderings, and their pitch classes `[b, 2, w, times]`."""
         return self._batch(self.items, indices)
 
-    def _batch(self, items: list[tuple[AudioItem, list[PitchNote]]], indices: list[tuple[int, int]]) -> Any:
-        seeds = [[self.seed, epoch, index] for epoch, index in indices]
-        parts = [
-            self._renderings(*items[index], np.random.default_rng(seed)) for seed, (_, index) in zip(seeds, indices)
+    def _batch(
+        self, items: list[tuple[AudioItem, list[PitchNote]]], indices: list[tuple[int, int]]
+    ) -> dict[str, Tensor]:
+        pairs = [
+            self._renderings(*items[index], np.random.default_rng([self.seed, epoch, index]))
+            for epoch, index in indices
         ]
-        windows, classes = zip(*parts)
+        windows, classes = zip(*pairs)
         return {"windows": torch.stack(windows), "classes": torch.stack(classes)}
 
     def _renderings(self, item: AudioItem, melody: list[PitchNote], rng: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import numpy as np
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.captions import is_encodable, texts_in
 from audiolm_pytorch.data.manifest import AudioItem, captions_of
+from audiolm_pytorch.nn.module_state import check_shares
 
 __all__ = ["CaptionSampler", "aspects_of", "hard_negatives_of", "parse_aspects", "texts_of"]
 
@@ -113,10 +114,7 @@ class CaptionSampler:
     def __post_init__(self) -> None:
         if self.captions_per_clip < 1 or self.seed < 0:
             raise ValueError(f"need captions_per_clip >= 1 and seed >= 0, got {self.captions_per_clip} and {self.seed}")
-        if not (0 <= self.aspect_prob <= 1 and 0 <= self.caption_dropout <= 1):
-            raise ValueError(
-                f"need aspect_prob and caption_dropout in 0..1, got {self.aspect_prob} and {self.caption_dropout}"
-            )
+        check_shares(aspect_prob=self.aspect_prob, caption_dropout=self.caption_dropout)
 
     def sample(self, item: AudioItem, epoch: int, index: int) -> list[str]:
         """Select up to `captions_per_clip` different texts of a clip; no text if it has neither captions nor aspects.

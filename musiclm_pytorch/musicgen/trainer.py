@@ -116,8 +116,10 @@ class MusicGenTrainer(StageTrainer):
         if self.lora_rank is not None:
             transformer = MusicGenTransformer(**transformer.config)
             load_weights(transformer, merged_weights(self.transformer))
-        own = self.musicgen
-        model = type(own)(transformer=transformer, codec=own.codec, text_conditioner=own.text_conditioner)
+        musicgen = self.musicgen
+        model = type(musicgen)(
+            transformer=transformer, codec=musicgen.codec, text_conditioner=musicgen.text_conditioner
+        )
         model.save_pretrained(self.results_folder / transformer.namespace)
 
 

@@ -33,7 +33,6 @@ from audiolm_pytorch.training.distributed import create_accelerator
 from audiolm_pytorch.training.rng import seed_rng
 from audiolm_pytorch.training.run_folder import RUN_KIND, claimed_folder, read_record
 from musiclm_pytorch.melody.embedder import CONDITION as MELODY, MelodyEmbedder
-from musiclm_pytorch.melody.shards import with_melodies
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.mulan.captions import aspects_of
 from musiclm_pytorch.musiclm import MusicLM
@@ -43,7 +42,7 @@ from musiclm_pytorch.pipeline.presets import Preset
 from musiclm_pytorch.pipeline.pretrained_parts import PRETRAINED_KINDS, check_pretrained
 from musiclm_pytorch.pipeline.samples import MAX_SAMPLE_SECONDS, write_samples
 from musiclm_pytorch.pipeline.steps import ALL_STEPS, MELODY_STEPS, STEPS, StepReport, check_step
-from musiclm_pytorch.pipeline.token_shards import compute_tokens
+from musiclm_pytorch.pipeline.token_shards import compute_melodies, compute_tokens
 from musiclm_pytorch.pipeline.trainers import (
     codec_trainer,
     melody_trainer,
@@ -149,10 +148,8 @@ class Pipeline:
     def run(self, step: str = "all", announce: Callable[[str], None] | None = None) -> Iterator[StepReport]:
         """Run one step, or all steps but those in `MELODY_STEPS`, and yield a report of each step.
 
-        Finished steps are not run again.
-
-        Missing tokens and pretrained modules that a step needs are written first. `announce` receives the name of each
-        step that starts.
+        Finished steps are not run again. Missing tokens and pretrained modules that a step needs are written first.
+        `announce` receives the name of each step that starts.
         """
         check_step(step)
         names = self._steps_to_run(step)
@@ -366,7 +363,7 @@ class Pipeline:
             transformer = self._load(stage, PARTS[stage]).with_condition(MELODY, embedder.dim_latent, config.drop_prob)
             options = {"stage": transformer, "seed": self.seed, "accelerator": self.accelerator}
             train, valid = (
-                with_melodies(tokens, self.out / "melody" / tokens.folder.name, items, embedder, **options)
+                compute_melodies(self.out / "melody" / tokens.folder.name, items, tokens, embedder, **options)
                 for tokens, items in zip(shards, self.items)
             )
             shards = train, valid

@@ -1,4 +1,4 @@
-"""Tokens and MuLaN latents of a set of audio files, computed once and stored in shards."""
+"""Tokens, MuLaN latents and melodies of a set of audio files, computed once and stored in shards."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +16,13 @@ from audiolm_pytorch.data.items import items_digest
 from audiolm_pytorch.data.manifest import AudioItem, captions_of
 from audiolm_pytorch.data.shards import TokenShards, write_shards
 from audiolm_pytorch.lm.compatibility import shard_fingerprint
+from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.training.stopping import stop_signals
+from musiclm_pytorch.melody.embedder import CONDITION, MelodyEmbedder
+from musiclm_pytorch.melody.shards import MelodyShards
+from musiclm_pytorch.melody.trainer import melody_wave
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.mulan.captions import texts_of
 from musiclm_pytorch.musicgen.chroma import ChromaConditioner
@@ -26,7 +30,7 @@ from musiclm_pytorch.musicgen.chroma import ChromaConditioner
 if TYPE_CHECKING:
     import accelerate
 
-__all__ = ["compute_music_tokens", "compute_tokens"]
+__all__ = ["compute_melodies", "compute_music_tokens", "compute_tokens"]
 
 
 @typed
@@ -66,7 +70,7 @@ def compute_tokens(
             "duration_seconds": np.asarray(item.num_samples / item.sample_hz, dtype=np.float32),
         }
 
-    return _written(folder, make_record, len(items), fingerprint, accelerator)
+    return _write(folder, make_record, len(items), fingerprint, accelerator)
 
 
 @typed
@@ -108,10 +112,35 @@ def compute_music_tokens(
         record = {"acoustic": codes.cpu().numpy(), **texts}
         return record if chroma is None else {**record, "melody": chroma(wave(chroma.sample_hz, 1))[0].cpu().numpy()}
 
-    return _written(folder, make_record, len(parts), fingerprint, accelerator)
+    return _write(folder, make_record, len(parts), fingerprint, accelerator)
 
 
-def _written(
+@typed
+def compute_melodies(
+    folder: Path,
+    items: Sequence[AudioItem],
+    tokens: TokenShards,
+    embedder: MelodyEmbedder,
+    *,
+    stage: StageTransformer,
+    seed: int,
+    accelerator: "accelerate.Accelerator",
+) -> MelodyShards:
+    """Add the melodies of audio files to their tokens for a stage; the melody codes `[m, q]` are stored in `folder`.
+
+    See `melody_wave` for the melody of a file.
+    """
+
+    def make_record(index: int) -> dict[str, np.ndarray]:
+        wave = melody_wave(items[index], embedder.sample_hz, [seed, index])
+        return {"codes": embedder.codes(wave.to(accelerator.device))[0].cpu().numpy()}
+
+    fingerprint = {CONDITION: embedder.fingerprint(), "seed": seed, "tokens": tokens.digest}
+    melodies = _write(folder, make_record, len(items), fingerprint, accelerator)
+    return MelodyShards(tokens, melodies, embedder, stage.layout.predicted[0].exact_hz)
+
+
+def _write(
     folder: Path,
     make_record: Callable[[int], dict[str, np.ndarray]],
     num_records: int,
@@ -121,7 +150,7 @@ def _written(
     """Write shards; each process computes a share of the records, and a signal ends it between two records."""
 
     def interruptible(index: int) -> dict[str, np.ndarray]:
-        request.end_if_requested(f"before record {index + 1} of {num_records} of the tokens; complete chunks are kept")
+        request.end_if_requested(f"before record {index + 1} of {num_records} in {folder}; complete chunks are kept")
         return make_record(index)
 
     processes = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}

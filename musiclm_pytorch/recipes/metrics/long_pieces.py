@@ -10,7 +10,7 @@ from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audio.units import samples_covering
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.generation.windows import plan_windows
+from audiolm_pytorch.generation.windows import MARGIN_DIVISOR, plan_windows
 from musiclm_pytorch.evaluation.metrics.beat import OnsetEnvelope, autocorrelation_peak
 from musiclm_pytorch.evaluation.metrics.chroma import chroma_filters
 from musiclm_pytorch.evaluation.report import MetricValue
@@ -112,10 +112,8 @@ def seams_of(model: "MusicLM", seconds: float) -> dict[str, list[float]]:
         rate = stage.layout.predicted[0].exact_hz
         semantic_frames = semantic.num_frames(round(seconds * semantic.target_sample_hz))
         num_frames = semantic_frames if name == "semantic" else num_samples // codec.downsample_factor
-        longest, alignment = stage.window_frames, stage.layout.frame_alignment
-        if longest is not None and num_frames > longest:
-            longest = (longest - longest // 25) // alignment * alignment  # as in AudioLM
-        windows = plan_windows(num_frames, longest, alignment)
+        longest, margin_frames = stage.window_frames, (stage.window_frames or 0) // MARGIN_DIVISOR
+        windows = plan_windows(num_frames, longest, stage.layout.frame_alignment, margin_frames=margin_frames)
         seams[name] = [float(window.stop / rate) for window in windows[:-1]]
     return seams
 

@@ -69,16 +69,16 @@ def measure(
     items = [AudioItem(Path(f"{name} {number}"), None, {"instrument": name}, 1, 1) for number, name in enumerate(asked)]
     texts = [f"a folk tune played on the {name}, unaccompanied" for name in asked]
     chroma, labels = ChromaSimilarity(), LabelAdherence(AttributeFeatures(classifier))
-    real = ClipSet("given melodies", items, extract_waves(melodies, melody_hz, [chroma.extractor]))
+    real = ClipSet("melodies", items, extract_waves(melodies, melody_hz, [chroma.extractor]))
     values: list[MetricValue] = []
     choices = {
         "with the melody": melodies,
         "with another melody": melodies[other_clips(len(melodies))],
         "text alone": None,
     }
-    for name, given in choices.items():
+    for name, selected in choices.items():
         logger.info("generating %s", name)
-        waves = _generate(model, texts, given, melody_hz, settings)
+        waves = _generate(model, texts, selected, melody_hz, settings)
         features = extract_waves(waves, model.sample_hz, [chroma.extractor, labels.extractor])
         clips = ClipSet(name, items, features, list(range(len(items))))
         values += [*chroma.measure(clips, real, None), *labels.measure(clips, None, None)]

@@ -95,9 +95,7 @@ FEATURES["SecondFeatures"] = SecondFeatures
 def classifier_of_seconds(items: Sequence[AudioItem], folder: Path | None = None) -> AttributeClassifier:
     """Load the classifier of instruments in `folder`, or fit one to the second and the fourth second of clips."""
     if folder is not None and (folder / "config.json").is_file():
-        classifier = load_module(folder, expect=AttributeClassifier)
-        assert isinstance(classifier, AttributeClassifier)
-        return classifier.requires_grad_(False)
+        return load_module(folder, expect=AttributeClassifier).requires_grad_(False)  # type: ignore[return-value]
     features, parts = SecondFeatures(), []
     for first in range(0, len(items), _CLIPS_PER_BATCH):
         waves = load_clips(items[first : first + _CLIPS_PER_BATCH], features.sample_hz)

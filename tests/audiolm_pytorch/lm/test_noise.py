@@ -157,7 +157,7 @@ def test_level_weights_change_only_the_training_loss(tmp_path):
 def test_wrong_noise_raises_errors(tmp_path):
     """Shares outside [0, 1], and noise for inputs that no stage predicts."""
     for name in ("level_drop_prob", "history_noise", "input_noise"):
-        with pytest.raises(ValueError, match=rf"{name} must be in \[0, 1\], got 1.5"):
+        with pytest.raises(ValueError, match=rf"{name} must be in 0..1, got 1.5"):
             StageObjective(**{name: 1.5})
     with pytest.raises(ValueError, match="no earlier stage predicts the inputs of the semantic transformer"):
         noisy_task(tmp_path / "two", "semantic", input_noise=0.1)
