@@ -141,7 +141,7 @@ def test_validation_uses_codes_of_audio(shards: TokenShards, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="text_prob"):
         others.train()
     assert trainer.train().step == 2
-    with pytest.raises(ValueError, match="probability"):
+    with pytest.raises(ValueError, match="text_prob must be in 0..1, got 1.5"):
         _source(shards, text_prob=1.5)
     with pytest.raises(ValueError, match="audio_conditioner"):
         ShardSource(shards, fakes.tiny_stages()["semantic"], seconds=1.0, audio_conditioner=None, text_prob=0.5)
