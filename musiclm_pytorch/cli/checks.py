@@ -90,6 +90,12 @@ def check_folder(path: Path) -> None:
         raise ValueError(f"cannot write to {path}: {existing} is a file; name another folder")
 
 
+def check_data(path: Path) -> None:
+    """Check that the folder or manifest of --data exists."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such folder or manifest; give a folder of audio files as --data")
+
+
 def check_apart(output: Path, inputs: Sequence[Path | None]) -> None:
     """Check that no input (None = not given) is the file or folder `output`, or in this folder."""
     for path in inputs:
@@ -103,14 +109,15 @@ def check_at_least(command: object, **minima: int) -> None:
         value = getattr(command, name)
         if value is not None and not minimum <= value < _MAX_NUMBER:
             bound = f"at least {minimum}" if value < minimum else f"below {_MAX_NUMBER}"
-            raise ValueError(f"{_option(name)} must be {bound}, got {value}")
+            raise ValueError(f"{option_name(name)} must be {bound}, got {value}")
 
 
 def check_needs(command: object, needs: Mapping[str, str]) -> None:
     """Check that each of these options, if it is given, has the option with which alone it is used."""
     for name, needed in needs.items():
         if getattr(command, name) not in (None, False, ()) and getattr(command, needed) in (None, False, ()):
-            raise ValueError(f"{_option(name)} needs {_option(needed)}; add it, or leave out {_option(name)}")
+            option = option_name(name)
+            raise ValueError(f"{option} needs {option_name(needed)}; add it, or leave out {option}")
 
 
 def check_seconds(seconds: float | None) -> None:
@@ -119,5 +126,6 @@ def check_seconds(seconds: float | None) -> None:
         raise ValueError(f"--seconds must be above 0 and at most {_MAX_SECONDS}, got {seconds:g}")
 
 
-def _option(name: str) -> str:
+def option_name(name: str) -> str:
+    """Return the option of an attribute of a command."""
     return f"--{name.replace('_', '-')}"

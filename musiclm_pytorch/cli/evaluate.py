@@ -17,6 +17,7 @@ from musiclm_pytorch.cli.checks import (
     check_needs,
     check_seconds,
     device_named,
+    option_name,
 )
 
 __all__ = ["EvaluateCommand", "EvaluateMuLaN", "EvaluateMusic", "EvaluateSemantic"]
@@ -171,7 +172,7 @@ def _command_line(name: str, command: EvaluateSemantic | EvaluateMuLaN | Evaluat
         if value is None or value is False or value == ():
             continue
         values = value if isinstance(value, tuple) else () if value is True else (value,)
-        words += [f"--{option.replace('_', '-')}", *map(str, values)]
+        words += [option_name(option), *map(str, values)]
     return shlex.join(words)
 
 

@@ -23,6 +23,7 @@ from musiclm_pytorch.cli.checks import (
     check_needs,
     check_seconds,
     device_named,
+    option_name,
 )
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Generate(ModelOptions):
     def _generate_musicgen(self, musicgen: "MusicGen") -> None:
         """Write the music of a MusicGen to a file, or chunk by chunk."""
         names = ("story", "mix", "negative", "guidance_scale", "num_samples", "rank_seconds")
-        options = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, ())]
+        options = [option_name(name) for name in names if getattr(self, name) not in (None, ())]
         if options:
             raise ValueError(
                 f"{' and '.join(options)} need a MusicLM, {self.model} is a MusicGen; leave out {options[0]}"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from audiolm_pytorch.saving.text import printable
-from musiclm_pytorch.cli.checks import ModelOptions, check_at_least, check_folder, device_named
+from musiclm_pytorch.cli.checks import ModelOptions, check_at_least, check_data, check_folder, device_named
 
 __all__ = ["TrainKmeans"]
 
@@ -39,8 +39,7 @@ class TrainKmeans(ModelOptions):
     def execute(self) -> int:
         """Train the tokenizer and print how many of its clusters are used."""
         check_at_least(self, seed=0)
-        if not self.data.exists():
-            raise ValueError(f"{self.data}: no such folder or manifest; give a folder of audio files as --data")
+        check_data(self.data)
         check_folder(self.out)
 
         from audiolm_pytorch.semantic import KMeansTrainer

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from audiolm_pytorch.saving.text import printable
-from musiclm_pytorch.cli.checks import ModelOptions, check_at_least, check_seconds
+from musiclm_pytorch.cli.checks import ModelOptions, check_at_least, check_data, check_seconds, option_name
 
 if TYPE_CHECKING:
     from musiclm_pytorch.musicgen.musicgen import MusicGen
@@ -71,8 +71,7 @@ class TrainMusicGen(ModelOptions):
             raise ValueError(f"--mix must be a probability in 0..1, got {self.mix:g}")
         if self.learning_rate is not None and not 0 < self.learning_rate < inf:
             raise ValueError(f"--learning-rate must be above 0 and finite, got {self.learning_rate:g}")
-        if not self.data.exists():
-            raise ValueError(f"{self.data}: no such folder or manifest; give a folder of audio files as --data")
+        check_data(self.data)
 
         from audiolm_pytorch.data.manifest import training_items
         from audiolm_pytorch.training.distributed import create_accelerator
@@ -122,9 +121,7 @@ class TrainMusicGen(ModelOptions):
         """Load the codec and the text encoder of a new model, or the model to fine-tune and its codec."""
         if self.from_model is not None:
             if names := list(_set_options(self, _NEW)):
-                raise ValueError(
-                    f"--{names[0].replace('_', '-')} is for a new model; leave it out, or leave out --from"
-                )
+                raise ValueError(f"{option_name(names[0])} is for a new model; leave it out, or leave out --from")
             from musiclm_pytorch.musicgen.musicgen import MusicGen
 
             model = MusicGen.from_pretrained(**self.source_of(self.from_model))

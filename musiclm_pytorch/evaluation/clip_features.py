@@ -108,10 +108,10 @@ class ClipFeatures(FeatureModule):
                 "longer clips"
             )
         start = max(waves.shape[-1] - self.window_samples, 0) // 2
-        levels = self._levels(waves[:, start : start + self.window_samples])
-        return torch.cat([self._band_statistics(levels), self._rhythm(levels)], dim=1)
+        levels = self.levels(waves[:, start : start + self.window_samples])
+        return torch.cat([self.band_statistics(levels), self._rhythm(levels)], dim=1)
 
-    def _levels(self, waves: Tensor) -> Tensor:
+    def levels(self, waves: Tensor) -> Tensor:
         """Compute smoothed levels `[b, m, f]` of m mel bands, in bels relative to the loudest value of each clip."""
         energy = self.mel(waves)
         peak = reduce(energy, "b m f -> b 1 1", "max").clamp_min(1e-12)
@@ -119,7 +119,7 @@ class ClipFeatures(FeatureModule):
         return F.avg_pool1d(levels, SMOOTH_FRAMES, 1, SMOOTH_FRAMES // 2, count_include_pad=False)
 
     @staticmethod
-    def _band_statistics(levels: Tensor) -> Tensor:
+    def band_statistics(levels: Tensor) -> Tensor:
         """Compute statistics over time of the level of each mel band and of the changes of the level."""
         quantiles = levels.quantile(levels.new_tensor(QUANTILES), dim=2)
         parts = [levels.mean(2), levels.std(2), rearrange(quantiles, "q b m -> b (m q)")]

@@ -1,6 +1,6 @@
 """The inputs of MusicGen: texts per window, audio prompts and melodies, for one item or for several items."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -91,18 +91,20 @@ class MusicRequest:
 
     def melodies(self, sample_hz: int, chroma: ChromaConditioner | None) -> list[Melody | None]:
         """Return the melody of every item; `sample_hz` is the rate of waves without a rate."""
-        hz, are_stems = self.melody_sample_hz or sample_hz, self.stems is not None
-        if are_stems and self.melody is not None:
+        if self.stems is not None and self.melody is not None:
             raise ValueError("got melody and stems; pass only one of them")
-        stems = [self.stems] if isinstance(self.stems, Mapping) else list(self.stems or [])
-        items: list[Any] = stems if are_stems else _items(self.melody, "melody", may_be_melody=True)
+        read: Callable[..., Melody] = melody_of
+        items, name = _items(self.melody, "melody", may_be_melody=True), "melody"
+        if self.stems is not None:
+            items = [self.stems] if isinstance(self.stems, Mapping) else list(self.stems)
+            read, name = melody_of_stems, "stems"
         if chroma is None:
             if items:
                 raise ValueError("the model has no melody condition; omit melody, or use a model with a melody")
             return []
-        read, kind = (melody_of_stems, "stems") if are_stems else (melody_of, "melody")
+        hz = self.melody_sample_hz or sample_hz
         return [
-            None if item is None else read(item, hz, chroma, f"{kind} {number}") for number, item in enumerate(items)
+            None if item is None else read(item, hz, chroma, f"{name} {number}") for number, item in enumerate(items)
         ]
 
     def num_items(self, **inputs: int) -> int:

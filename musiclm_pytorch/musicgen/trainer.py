@@ -61,6 +61,7 @@ class MusicGenTrainer(StageTrainer):
     ) -> None:
         chroma, transformer = musicgen.chroma, musicgen.transformer
         seconds = transformer.max_seconds if data_max_length_seconds is None else data_max_length_seconds
+        self.musicgen, self.lora_rank, self.lora_scale = musicgen, lora_rank, lora_scale
         self._frozen: list[Parameter] = []
         if lora_rank is not None:
             if lora_rank < 1 or lora_scale <= 0:
@@ -71,21 +72,24 @@ class MusicGenTrainer(StageTrainer):
             text = musicgen.text_conditioner
             self._frozen = [] if text is None else [weight for weight in text.parameters() if weight.requires_grad]
             self._require_gradients(False)
-        super().__init__(
-            transformer,
-            codec=musicgen.codec,
-            text_conditioner=musicgen.text_conditioner,
-            folder=folder,
-            items=items,
-            shards=shards,
-            batch_size=batch_size,
-            num_train_steps=num_train_steps,
-            data_max_length_seconds=seconds,
-            results_folder=results_folder,
-            conditioners=None if chroma is None or shards is not None else {"melody": _ChromaOfCrops(chroma)},
-            **settings,
-        )
-        self.musicgen, self.lora_rank, self.lora_scale = musicgen, lora_rank, lora_scale
+        try:
+            super().__init__(
+                transformer,
+                codec=musicgen.codec,
+                text_conditioner=musicgen.text_conditioner,
+                folder=folder,
+                items=items,
+                shards=shards,
+                batch_size=batch_size,
+                num_train_steps=num_train_steps,
+                data_max_length_seconds=seconds,
+                results_folder=results_folder,
+                conditioners=None if chroma is None or shards is not None else {"melody": _ChromaOfCrops(chroma)},
+                **settings,
+            )
+        except BaseException:
+            self._merge_updates()  # an error leaves the model as it was
+            raise
         self.task.config["lora"] = None if lora_rank is None else [lora_rank, lora_scale]
         self._result: TrainResult | None = None
 
@@ -100,10 +104,14 @@ class MusicGenTrainer(StageTrainer):
         result = super().train(stop_after_steps)
         if self.loop.is_finished:
             self._result = result
-            if self.lora_rank is not None:
-                merge_low_rank(self.transformer)
-                self._require_gradients(True)
+            self._merge_updates()
         return result
+
+    def _merge_updates(self) -> None:
+        """Add the low-rank updates, if there are any, to the weights of the model, and make all weights trainable."""
+        if self.lora_rank is not None:
+            merge_low_rank(self.musicgen.transformer)
+            self._require_gradients(True)
 
     def _require_gradients(self, required: bool) -> None:
         """Freeze the trainable parameters of the text encoder while low-rank updates are trained, or undo it."""

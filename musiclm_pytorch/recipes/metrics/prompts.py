@@ -85,7 +85,7 @@ class SecondFeatures(FeatureModule):
         """Compute features `[b, d]` of windows `[b, n]`."""
         resampled = resample(waves.float(), sample_hz or self.sample_hz, self.sample_hz)
         parts = resampled.split(_CLIPS_PER_BATCH)
-        return torch.cat([ClipFeatures._band_statistics(self.clip_features._levels(part)) for part in parts])
+        return torch.cat([ClipFeatures.band_statistics(self.clip_features.levels(part)) for part in parts])
 
 
 FEATURES["SecondFeatures"] = SecondFeatures

@@ -36,3 +36,15 @@ def test_short_run_saves_a_whole_model(folder: Path, parts: MusicGen, tmp_path: 
     expected = model.transformer.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.transformer.state_dict().items())
     assert loaded.transformer.token_fingerprints["acoustic"] == model.codec.fingerprint()
+
+
+def test_error_of_the_trainer_leaves_the_model_unchanged(parts: MusicGen, tmp_path: Path) -> None:
+    """A low-rank training of a missing folder adds no updates, and freezes nothing."""
+    model = new_model(parts, melody=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ValueError, match="missing"):
+        MusicGenTrainer(model, folder=tmp_path / "missing", batch_size=2, num_train_steps=2, lora_rank=2)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
