@@ -13,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.saving.text import logger_named, one_line
 from audiolm_pytorch.training.distributed import PersistentBuffers, average_gradients, broadcast_tensors
 from audiolm_pytorch.training.task import LoopSettings, LossOutput, OptimizerChoice, Phase, ScheduleChoice
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import accelerate
 
 __all__ = ["PhaseOptimizer", "inverse_square_root", "learning_rate_at"]
+
+logger = logger_named(__name__)
 
 
 class PhaseOptimizer:
@@ -98,16 +101,27 @@ class PhaseOptimizer:
     def _set_learning_rate(self, step: int) -> None:
         if self._scheduler is not None:
             if step > self.phase.first_step:
-                with warnings.catch_warnings():
-                    # a resumed optimizer has not stepped yet
-                    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-                    self._scheduler.step()
+                self._advance_schedule(step)
             return
         settings = self._settings
         limits: dict[str, Any] = {"warmup_steps": settings.warmup_steps, "num_train_steps": settings.num_train_steps}
         for group in self.optimizer.param_groups:
             peak, final_fraction = group["initial_lr"], settings.final_lr_fraction
             group["lr"] = learning_rate_at(step, peak=peak, final_fraction=final_fraction, **limits)
+
+    def _advance_schedule(self, step: int) -> None:
+        if self._scheduler is None:
+            return
+        with warnings.catch_warnings():
+            # a resumed optimizer has not stepped yet
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            try:
+                self._scheduler.step()
+            except ValueError as error:  # OneCycleLR after its last step
+                raise ValueError(
+                    f"the schedule {type(self._scheduler).__name__} of phase {self.phase.name!r} has no learning rate "
+                    f"for step {step} ({one_line(error)}); pass a schedule for all steps of the phase"
+                ) from error
 
     def step(self, batches: Sequence[Any], step: int) -> list[dict[str, Tensor | float]] | None:
         """Train the parameters of the phase for one step.
@@ -161,18 +175,33 @@ class PhaseOptimizer:
         if len(state_dict) > 2 or not all(isinstance(key, int) for key in state_dict["state"]):
             raise ValueError(f"a checkpoint cannot store {name}, because a part of its state belongs to no parameter")
         rest = {
+            "class": type(self.optimizer).__qualname__,
             "values": {key: value for key, value in states.items() if key not in tensors},
             "groups": [{**group, "params": None} for group in state_dict["param_groups"]],
             "schedule": None if self._scheduler is None else self._scheduler.state_dict(),
         }
         return tensors, _encoded(rest, name)
 
-    def load_state(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-        """Restore the optimizer state that `state` returned; tensors of other phases are ignored."""
+    def load_state(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any], *, is_changed: bool) -> None:
+        """Restore the optimizer state that `state` returned; tensors of other phases are ignored.
+
+        If the choice of the optimizer or schedule has changed since then, only the state of the parameters is restored,
+        and only for an optimizer of the same class. `restart_schedule` has to follow.
+        """
         state: dict[nn.Parameter, dict[str, Any]] = {}
         parameters = dict(zip(self._names, self._parameters, strict=True))
         saved = _decoded(rest) if rest else {}
-        for key, value in {**tensors, **saved.get("values", {})}.items():
+        values = {**tensors, **saved.get("values", {})}
+        groups = self.optimizer.state_dict()["param_groups"]
+        if is_changed:
+            before, now = saved["class"] if saved else AdamW.__qualname__, type(self.optimizer).__qualname__
+            if before != now:
+                logger.warning("phase %r: %s starts without the state of %s", self.phase.name, now, before)
+                values = {}
+        else:
+            for group, of_checkpoint in zip(groups, saved.get("groups", groups), strict=True):
+                group.update(of_checkpoint, params=group["params"])
+        for key, value in values.items():
             name, _, state_name = key.rpartition("/")
             if name in parameters:
                 parameter = parameters[name]
@@ -181,9 +210,6 @@ class PhaseOptimizer:
                     value = torch.empty_like(parameter, dtype=value.dtype).detach().copy_(value)
                 state.setdefault(parameter, {})[state_name] = value
         ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        groups = self.optimizer.state_dict()["param_groups"]
-        for group, of_checkpoint in zip(groups, saved.get("groups", groups), strict=True):
-            group.update(of_checkpoint, params=group["params"])
         # load_state_dict moves tensors to the device, apart from those that stay on the CPU
         self.optimizer.load_state_dict(
             {
@@ -191,8 +217,22 @@ class PhaseOptimizer:
                 "param_groups": groups,
             }
         )
-        if self._scheduler is not None:
+        if self._scheduler is not None and not is_changed:
             self._scheduler.load_state_dict(saved["schedule"])
+
+    def restart_schedule(self, num_steps: int) -> None:
+        """Advance a new schedule to where it would be after the first `num_steps` steps of the run."""
+        for step in range(self.phase.first_step + 1, num_steps):
+            self._advance_schedule(step)
+
+    def choice(self, settings: Mapping[str, Any]) -> list[Any]:
+        """Return what the settings of a run (see `LoopSettings.fixed`) say on optimizer and schedule of the phase."""
+        choices: list[Any] = [settings.get("optimizer"), settings.get("schedule")]
+        by_phase = [isinstance(one, dict) and not {"function", "class"} & one.keys() for one in choices]
+        choices = [one.get(self.phase.name) if by else one for one, by in zip(choices, by_phase, strict=True)]
+        if choices[0] is None:
+            choices[0] = [settings.get(name) for name in ("learning_rate", "weight_decay", "betas")]
+        return choices
 
 
 def learning_rate_at(

@@ -114,13 +114,15 @@ class TrainingRun:
             self._write_checkpoint()
         else:
             try:
-                self._restore(checkpoint)
+                changed = self._restore(checkpoint)
             except (ValueError, TypeError, LookupError, AttributeError) as error:
                 file = self.checkpoints.path / "state.json"
                 raise ValueError(
                     f"{file} does not describe this run ({one_line(error)}); restore the checkpoint, or use another "
                     "folder"
                 ) from error
+            for optimizer in changed:
+                optimizer.restart_schedule(checkpoint.step)
             self.progress.changes += [f"step {checkpoint.step}: {change}" for change in changes]
 
     def is_current(self) -> bool:
@@ -279,12 +281,18 @@ class TrainingRun:
         state = {**run, "optimizers": optimizers, "metrics_file": self.metrics_file.state()}
         self.checkpoints.write(Checkpoint(self.progress.step, tensors, state))
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        """Restore the state of the run from a checkpoint, except for the weights of the module."""
+    def _restore(self, checkpoint: Checkpoint) -> list[PhaseOptimizer]:
+        """Restore the state of the run from a checkpoint, except for the weights of the module.
+
+        Returns:
+            The optimizers with another choice of optimizer or schedule, whose schedules have to be restarted.
+        """
+        before, now = checkpoint.state["run"]["settings"], self.config["settings"]
+        changed = [optimizer for optimizer in self.optimizers if optimizer.choice(before) != optimizer.choice(now)]
         for optimizer in self.optimizers:
             rest = checkpoint.state["optimizers"][optimizer.phase.name]
-            optimizer.load_state(checkpoint.tensors["optimizer"], rest)
-        if self.ema is not None and checkpoint.state["run"]["settings"]["ema_decay"] is not None:
+            optimizer.load_state(checkpoint.tensors["optimizer"], rest, is_changed=optimizer in changed)
+        if self.ema is not None and before["ema_decay"] is not None:
             self.ema.load(checkpoint.tensors["ema"])
         self.progress = _Progress(**checkpoint.state["progress"])
         if self.progress.step != checkpoint.step:
@@ -295,6 +303,7 @@ class TrainingRun:
             if self.on_row is not None:
                 for row in self.metrics_file.rows():
                     self.on_row(row)
+        return changed
 
     def _finish(self) -> None:
         """Write the file that marks the run as finished; the final weights are in the checkpoint."""

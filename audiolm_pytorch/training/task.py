@@ -56,7 +56,9 @@ class LoopSettings:
         seed: Seed of the data order and of all random numbers in training.
         checkpoint_every_steps: Steps between additional checkpoints; None writes checkpoints by time only.
         allow_changed: Names of settings that may differ from those of the interrupted or finished run to continue, e.g.
-            `("batch_size", "num_train_steps")`. By default every difference is an error.
+            `("batch_size", "num_train_steps")`. By default every difference is an error. A changed optimizer starts
+            with its own settings and keeps the state of the parameters if its class is the same; a changed schedule is
+            built again and advanced to the current step.
     """
 
     num_train_steps: int

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adagrad, AdamW, NAdam, Optimizer
+from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer
 from torch.optim.lr_scheduler import (
     LambdaLR,
     LinearLR,
@@ -19,7 +19,9 @@ from torch.optim.lr_scheduler import (
     OneCycleLR,
     ReduceLROnPlateau,
     SequentialLR,
+    StepLR,
 )
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from audiolm_pytorch.training import LoopSettings, TrainLoop
 from audiolm_pytorch.training.optimizer import learning_rate_at
@@ -174,6 +176,44 @@ def test_another_optimizer_is_not_resumed(change: dict[str, Any], steps: int | N
     TrainLoop(ToyTask(), settings, tmp_path).train(stop_after_steps=steps)
     with pytest.raises(ValueError, match="other settings .*settings.(optimizer|schedule)"):
         TrainLoop(ToyTask(), replace(settings, **change), tmp_path).train()
+
+
+def test_allowed_changes_of_optimizer_and_schedule_take_effect(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The new values hold from the first step on, a schedule advances to it, only another class starts afresh."""
+    steps: list[tuple[str, float, bool, float]] = []
+
+    def record(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        group = optimizer.param_groups[0]
+        steps.append((type(optimizer).__name__, group["lr"], bool(optimizer.state), group.get("momentum")))
+
+    def train(stop_after: int, **choice: Any) -> None:
+        allowed = ("optimizer", "schedule", "learning_rate")
+        settings = replace(PLAIN, allow_changed=allowed, **choice)
+        handle = register_optimizer_step_pre_hook(record)
+        try:
+            TrainLoop(ToyTask(), settings, tmp_path).train(stop_after_steps=stop_after)
+        finally:
+            handle.remove()
+
+    train(2, optimizer=partial(SGD, lr=0.5, momentum=0.9), schedule=partial(StepLR, step_size=1, gamma=0.5))
+    train(2, optimizer=partial(SGD, lr=0.25, momentum=0.1), schedule=partial(StepLR, step_size=1, gamma=0.5))
+    train(1, optimizer=partial(SGD, lr=0.25, momentum=0.1), schedule=partial(StepLR, step_size=1, gamma=0.1))
+    assert "starts without" not in caplog.text
+    train(1, optimizer=partial(Adam, lr=0.25), schedule=partial(StepLR, step_size=1, gamma=0.1))
+    assert "phase 'main': Adam starts without the state of SGD" in caplog.text
+    train(1, schedule=partial(StepLR, step_size=6, gamma=0.5))
+    train(1, learning_rate=0.5, schedule=partial(StepLR, step_size=6, gamma=0.5))
+    train(1)
+    rates = [0.5, 0.25, 0.0625, 0.03125, 2.5e-5, 2.5e-6, 1.5e-4, 0.25, 3e-4 * 0.09]
+    assert [step[1] for step in steps] == pytest.approx(rates)
+    assert [step[0] for step in steps] == ["SGD"] * 5 + ["Adam"] + ["AdamW"] * 3
+    assert [step[2] for step in steps] == [False, True, True, True, True, False, False, True, True]
+    assert [step[3] for step in steps[:5]] == [0.9, 0.9, 0.1, 0.1, 0.1]
+    with pytest.raises(ValueError, match="^the schedule OneCycleLR of phase 'main' has no learning rate for step 5 "):
+        train(1, schedule=partial(OneCycleLR, max_lr=0.1, total_steps=4))
+    train(1)  # the checkpoint is as before
 
 
 def test_default_run_stores_no_choice(tmp_path: Path) -> None:
