@@ -131,7 +131,7 @@ def _refuse_number(target: Callable[..., Any], arguments: inspect.BoundArguments
         if wrong := [number for number in _numbers(value) if _is_wrong(number, is_constructor)]:
             if wrong[0] != wrong[0]:
                 raise ValueError(f"{_name_of(target)}: {name} must be a number, got NaN")
-            shown = f"{wrong[0]:g}" if abs(wrong[0]) < 1e300 else "infinity"
+            shown = f"{wrong[0].bit_length()} bits" if isinstance(wrong[0], int) else f"{wrong[0]:g}"
             raise ValueError(f"{_name_of(target)}: {name} must be a finite number below 2**64, got {shown}")
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from audiolm_pytorch.saving.text import printable
+from audiolm_pytorch.saving.text import logger_named, printable
 from musiclm_pytorch.cli.checks import OneLineFormatter, printable_line
 
 __all__ = ["main"]
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(OneLineFormatter("%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("audiolm_pytorch.saving.sources").setLevel(logging.INFO)  # the licence of every model
+    logger_named("audiolm_pytorch.saving.sources").setLevel(logging.INFO)  # the licence of every model
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words[:1] == ["train"] and words[1:2] and words[1] in _TRAININGS:

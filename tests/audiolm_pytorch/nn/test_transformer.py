@@ -2,6 +2,7 @@
 
 import math
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,7 +116,8 @@ def test_conditions_are_dropped_per_item_in_training_only():
     model = model_of(cond_drop_prob=0.5)
     conditioning = random_conditions(1)
     packed = batch_of(model, batch=1)
-    packed = type(packed)(*(part.expand(64, -1, -1) for part in vars(packed).values()))
+    rows = {name: part.expand(64, -1, -1) for name, part in vars(packed).items() if isinstance(part, torch.Tensor)}
+    packed = replace(packed, **rows)
     seen = []
     model.fuse, original = lambda c, b: seen.append(c["codes"].mask.any(1)) or original(c, b), model.fuse
     model.eval()(packed, conditioning)

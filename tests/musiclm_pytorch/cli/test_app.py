@@ -294,7 +294,7 @@ negative seconds | generate x --seconds -1 --out TMP/x.wav | --seconds must be a
 seconds nan | generate x --seconds nan --out TMP/x.wav | --seconds must be above 0 .*nan
 seconds inf | generate x --seconds inf --out TMP/x.wav | --seconds must be above 0 and at most 3600, got inf
 no samples | generate x --num-samples 0 --out TMP/x.wav | --num-samples must be at least 1, got 0
-huge scale | train all --scale 1e308 --data DATA --out TMP/out | scale must be positive and at most 1e.06
+huge scale | train all --scale 1e19 --data DATA --out TMP/out | scale must be positive and at most 1e.06
 no dry-run device | train codec --dry-run-device nogpu --data DATA --out TMP/out | nogpu
 huge seed | train kmeans --encoder x --layer 1 --seed 4294967296 --data DATA --out TMP/out | --seed must be below
 prompt as output | generate x --continue-from DATA/00.wav --out DATA/00.wav | 00.wav is read, and would be overwritten

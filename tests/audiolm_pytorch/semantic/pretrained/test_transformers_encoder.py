@@ -170,7 +170,7 @@ def test_windows_bound_what_attention_sees(models):
     encoder.model.encoder.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
     features, mask = encoder.features(noise(1, 40_000))
     assert max(seen) == 40 and len(seen) == -(-124 // 20) and features.shape[1] == mask.sum() == 124
-    with pytest.raises(ValueError, match="keep >= 1"):
+    with pytest.raises(ValueError, match="window_seconds must be positive"):
         TransformersEncoder(LoadedModel(models["hubert"]), window_seconds=0.0)
 
 
