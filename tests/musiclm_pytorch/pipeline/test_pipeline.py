@@ -235,7 +235,7 @@ def test_a_run_inside_the_data_continues(tmp_path):
     for name in ("samples", "codec/samples"):
         (data / "run" / name).mkdir(parents=True)
         shutil.copy(data / "00.wav", data / "run" / name / "1.wav")
-    (data / "run" / "run.json").write_text('{"format_version": 1}')
+    (data / "run" / "run.json").write_text('{"format_version": 1, "preset": {}}')
     (data / "run" / "codec" / "metrics.jsonl").write_text("{}")
     assert Pipeline(MICRO, data=data, out=data / "run").items == before
 
