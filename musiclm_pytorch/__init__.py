@@ -1,10 +1,8 @@
 """MusicLM (arXiv:2301.11325): music from texts."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from audiolm_pytorch.saving.lazy_exports import lazy_exports
-from audiolm_pytorch.saving.sources import register_bundled
 
 if TYPE_CHECKING:
     from audiolm_pytorch import __version__ as __version__
@@ -37,5 +35,4 @@ if TYPE_CHECKING:
     from musiclm_pytorch.musiclm import MusicLM as MusicLM
     from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer as MuLaNEmbedQuantizer
 
-register_bundled(Path(__file__).parent / "bundled")
 globals().update(lazy_exports(__name__))

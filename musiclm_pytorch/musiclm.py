@@ -365,6 +365,8 @@ class MusicLM(SharedModel):
     def _melody_conditions(self, melody: Prompt | Sequence[Prompt] | None, sample_hz: int | None) -> dict[str, Any]:
         """Embed melodies for each stage with a melody."""
         if melody is None:
+            if sample_hz is not None:
+                raise ValueError("got melody_sample_hz without melody; pass both or neither")
             return {}
         if self.melody_embedder is None:
             raise ValueError("the model has no melody embedder; leave out the melody, or use a model with a melody")

@@ -62,6 +62,7 @@ def read_audio(
         )
     with open_sound(path) as file:
         from_hz, to_hz = file.samplerate, sample_hz or file.samplerate
+        check_decoded(path, file, file.frames)
         total = resampled_length(file.frames, from_hz, to_hz)
         start = round(min(start_seconds * to_hz, total))
         if start >= total:

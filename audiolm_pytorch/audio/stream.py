@@ -139,7 +139,7 @@ class AudioWriter:
     Args:
         path: File name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis).
         comment: Text in the comment field of the file, which players show and `soundfile` reads; only the first 2,000
-            bytes are stored.
+            bytes are stored. Surrogates, as in file names that are not UTF-8, are written as escapes.
     """
 
     @typed
@@ -189,7 +189,8 @@ class AudioWriter:
                     subtype=self._subtype,
                 )
                 if self.comment:
-                    self._file.comment = self.comment.encode()[:_MAX_COMMENT_BYTES].decode(errors="ignore")
+                    comment = self.comment.encode(errors="backslashreplace")[:_MAX_COMMENT_BYTES]
+                    self._file.comment = comment.decode(errors="ignore")
             # The Vorbis encoder of libsndfile stores the samples of one call on the stack, which a long call would
             # overflow.
             for begin in range(0, len(columns), _BLOCK_FRAMES):

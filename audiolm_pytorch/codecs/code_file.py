@@ -161,7 +161,7 @@ def write_codes(path: str | Path, stored: StoredCodes, compressor: CodesCompress
 def read_codes(path: str | Path, compressor: CodesCompressor | None = None) -> StoredCodes:
     """Read and check a file that `write_codes` wrote; raise a ValueError if it is damaged or of another format.
 
-    Compressed codes need the `compressor` that wrote them, with the same model.
+    Compressed codes need the `compressor` that wrote them, with the same model; other codes need none.
     """
     tensors, metadata = read_weights(path)
     is_compressed = _COMPRESSION in metadata
@@ -181,6 +181,8 @@ def read_codes(path: str | Path, compressor: CodesCompressor | None = None) -> S
     try:
         if is_compressed:
             codes = _decompressed(tensors, _json_header(path, metadata[_COMPRESSION]), compressor)
+        elif compressor is not None:
+            raise ValueError("the codes are not compressed; leave out the entropy model (--entropy)")
         else:
             codes = tensors[_CODES]
             if codes.dtype not in (torch.int16, torch.int32):

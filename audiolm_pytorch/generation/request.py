@@ -108,15 +108,19 @@ class GenerationRequest:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        """Check ranges, and that no lengths are passed without their tensor."""
+        """Check ranges, and that nothing is passed without its wave or tensor."""
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         check_durations(seconds=self.seconds)
         if self.prime_wave_input_sample_hz is not None:
             check_rate(self.prime_wave_input_sample_hz, "prime_wave_input_sample_hz")
-        for name, lengths in (("prime_wave", "prime_lengths"), ("semantic_tokens", "semantic_lengths")):
-            if getattr(self, name) is None and getattr(self, lengths) is not None:
-                raise ValueError(f"got {lengths} without {name}; pass both or neither")
+        for name, detail in (
+            ("prime_wave", "prime_wave_input_sample_hz"),
+            ("prime_wave", "prime_lengths"),
+            ("semantic_tokens", "semantic_lengths"),
+        ):
+            if getattr(self, name) is None and getattr(self, detail) is not None:
+                raise ValueError(f"got {detail} without {name}; pass both or neither")
         if self.wavs is not None:
             object.__setattr__(self, "wavs", mono_waves(self.wavs, name="wavs"))
         if isinstance(self.prime_wave, Tensor) and self.prime_wave.ndim not in (1, 2, 3):

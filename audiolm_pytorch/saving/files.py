@@ -47,6 +47,7 @@ __all__ = [
 _MAX_JSON_BYTES, _MAX_JSON_CONTAINERS = 2**26, 2**21
 _SEAL = "sha256"
 _STAGE_PREFIX = ".writing-"
+_LFS_POINTER = b"version https://git-lfs"
 # While the digest of a sealed file is computed, zeros take its place.
 _NO_DIGEST = "0" * 64
 _TEMPORARY = ".tensors"
@@ -153,6 +154,7 @@ def check_digest(path: str | Path, expected: str) -> None:
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path}")
     if digest_of_file(path) != expected:
+        _check_no_pointer(Path(path))
         raise ValueError(f"{path} has changed since it was written, its SHA-256 differs; restore the file")
 
 
@@ -242,7 +244,15 @@ def open_weights(path: str | Path) -> Iterator[WeightsFile]:
         with _utf8_link(Path(path)) as readable, safe_open(readable, framework="pt") as opened:
             yield WeightsFile(opened)
     except (SafetensorError, OSError, KeyError) as error:
+        _check_no_pointer(Path(path))
         raise ValueError(f"{path} is not a readable safetensors file: {one_line(error)}") from error
+
+
+def _check_no_pointer(path: Path) -> None:
+    """Raise a ValueError if a file is what Git LFS leaves in place of a large file."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{path} is a pointer of Git LFS; download the file with git lfs pull")
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from audiolm_pytorch.saving.files import (
     write_json,
 )
 from audiolm_pytorch.saving.lazy_exports import import_exports
-from audiolm_pytorch.saving.ownership import check_overwrite
+from audiolm_pytorch.saving.ownership import check_overwrite, check_same_class
 from audiolm_pytorch.saving.sharing import SharedModel
 from audiolm_pytorch.saving.text import joined_lines, one_line
 from audiolm_pytorch.saving.weights import check_weights, load_weights, weights_of
@@ -138,7 +138,8 @@ def save_module(
 ) -> None:
     """Write a module of a registered class as two files; other files in the folder are not changed.
 
-    A saved module in the folder is replaced; a ValueError is raised if the two files are not of a saved module.
+    A saved module in the folder is replaced; a ValueError is raised if it is of another class, or if the two files are
+    not of a saved module.
 
     Args:
         extra: Additional JSON-able entries for `config.json`; `read_config` returns them.
@@ -150,6 +151,7 @@ def save_module(
     if reserved:
         raise ValueError(f"entries of `extra` may not be called {reserved}, which are reserved names; rename them")
     check_overwrite(folder / _CONFIG_FILE, MODULE_MARKS, [folder / _WEIGHTS_FILE])
+    check_same_class(folder / _CONFIG_FILE, type(module).__name__)
     weights = weights_of(module)
     if dtype is not None:
         weights = {name: converted(name, tensor, dtype) for name, tensor in weights.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.files import open_weights
 
-__all__ = ["LOCK_FILE", "check_folder_owner", "check_overwrite", "is_leftover", "is_own"]
+__all__ = ["LOCK_FILE", "check_folder_owner", "check_overwrite", "check_same_class", "is_leftover", "is_own"]
 
 LOCK_FILE = ".lock"
 # Names of files and folders that a process leaves behind if it is killed in the middle of a write.
@@ -51,6 +51,17 @@ def check_overwrite(main: Path, marks: Sequence[str], others: Iterable[Path] = (
     if taken:
         raise ValueError(
             f"{taken[0]} exists, and was not written by this library; move it away, or write to another place"
+        )
+
+
+@typed
+def check_same_class(config: Path, name: str) -> None:
+    """Raise a ValueError if a config of a saved module exists, and is of another class than `name`."""
+    found = json.loads(config.read_bytes()).get("class") if config.exists() else name
+    if found != name:
+        raise ValueError(
+            f"{config.parent} contains a saved {found}, which a {name} would replace; move it away, or save to another "
+            "folder"
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from audiolm_pytorch.saving.text import joined_lines, logger_named, printable
 
-__all__ = ["bundled_models", "find_folder", "is_noncommercial", "licence_of", "register_bundled"]
+__all__ = ["bundled_models", "find_folder", "is_noncommercial", "licence_of"]
 
 logger = logger_named(__name__)
 
@@ -27,7 +27,6 @@ _LICENCES = {
     "descript/dac_44khz": "MIT (descript-audio-codec)",
     "kyutai/mimi": "CC-BY 4.0 (kyutai-labs/moshi)",
 }
-_bundled_roots: list[Path] = []  # folders in which packages have models
 _logged: set[tuple[str, str]] = set()  # sources and licences that are already in the log
 
 
@@ -69,15 +68,10 @@ def find_folder(
     return folder, commit
 
 
-def register_bundled(root: Path) -> None:
-    """Add the folders in `root` to the models that `from_pretrained` finds by name."""
-    if root not in _bundled_roots:
-        _bundled_roots.append(root)
-
-
 def bundled_models() -> dict[str, Path]:
-    """Return the folders of all bundled models by name."""
-    return {path.name: path for root in _bundled_roots for path in sorted(root.iterdir()) if path.is_dir()}
+    """Return the folders of all bundled models by name; the packages beside this one need not be imported."""
+    paths = sorted(Path(__file__).parents[2].glob("*_pytorch/bundled/*"))
+    return {path.name: path for path in paths if path.is_dir()}
 
 
 def licence_of(folder: Path, source: str | Path) -> str | None:

@@ -24,7 +24,8 @@ class PitchNote(NamedTuple):
 def notes_of(item: AudioItem) -> list[PitchNote] | None:
     """Read the notes in the label `pitch_class` of a file, a list of `[start_seconds, end_seconds, name]`.
 
-    The names are those in `PITCH_CLASSES`. A file without the label, or without notes, returns None.
+    The names are those in `PITCH_CLASSES`. A note that lasts longer than the file is cut. A file without the label, or
+    without notes, returns None.
     """
     rows = item.labels.get(LABEL)
     if not rows:
@@ -42,7 +43,13 @@ def notes_of(item: AudioItem) -> list[PitchNote] | None:
             f"{item.path}: {LABEL} must be a list of [start_seconds, end_seconds, name] in order of time, with names "
             f"such as C or F#, got {rows!r:.100}"
         )
-    return notes
+    seconds = item.num_samples / item.sample_hz
+    if starts[-1] >= seconds:
+        raise ValueError(
+            f"{item.path}: {LABEL} has a note that starts at {starts[-1]:g} s, but the file ends at {seconds:g} s; "
+            "correct the label, whose times are in seconds"
+        )
+    return [note._replace(end_seconds=min(note.end_seconds, seconds)) for note in notes]
 
 
 def excerpt_of(

@@ -62,6 +62,10 @@ class MusicRequest:
         for name in ("prompt_sample_hz", "melody_sample_hz"):
             if getattr(self, name) is not None:
                 check_rate(getattr(self, name), name)
+        if self.prompt is None and self.prompt_sample_hz is not None:
+            raise ValueError("got prompt_sample_hz without prompt; pass both or neither")
+        if self.melody is None and self.stems is None and self.melody_sample_hz is not None:
+            raise ValueError("got melody_sample_hz without melody and stems; pass one of them, or leave out the rate")
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "MusicRequest":

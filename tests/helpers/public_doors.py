@@ -205,7 +205,6 @@ BASE: dict[str, Callable[[], dict[str, Any]]] = {
     "MusicGen.generate": lambda: {
         **{"self": _musicgen(), "seconds": 0.1, "num_samples": 1, "seeds": [0], "temperature": 1.0, "top_k": 5},
         **{"top_p": 0.9, "guidance_scale": 2.0, "fade_out_seconds": 0.05},
-        **{"prompt_sample_hz": 8000, "melody_sample_hz": 8000},
     },
     "MusicGen.stream": lambda: {"self": _musicgen(), "seconds": 0.1, "chunk_seconds": 0.1, "seeds": [0]},
     "MusicGenTransformer": lambda: {
@@ -247,7 +246,7 @@ BASE: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "MusicLM.forward": lambda: {
         **{"self": _musiclm(), "text": "calm piano", "num_samples": 1, "seconds": 0.1, "seed": 0, "num_levels": 2},
-        **{"max_batch": 1, "melody_sample_hz": 8000},
+        "max_batch": 1,
     },
     "AudioLM.generate": lambda: {"self": _musiclm().audio_lm, "request": GenerationRequest(seconds=0.1, text=["a"])},
     "SoundStream.forward": lambda: {"self": small.small_soundstream(), "audio": _wave()},

@@ -80,6 +80,8 @@ def test_a_comment_changes_no_sample(tmp_path, suffix):
     with soundfile.SoundFile(tmp_path / f"b{suffix}") as file:
         assert file.comment == comment[:1996]  # 2,000 bytes, of which two letters have three each
     assert torch.equal(read_audio(tmp_path / f"a{suffix}")[0], read_audio(tmp_path / f"b{suffix}")[0])
+    write_audio(tmp_path / f"c{suffix}", wave, 16000, comment="a\ud800")
+    assert soundfile.SoundFile(tmp_path / f"c{suffix}").comment == r"a\ud800"
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg"])

@@ -395,6 +395,7 @@ NONSENSE = {
     "must be .n. or .c, n.": [{"prime_wave": [torch.tensor(1.0)]}],
     "must be .n., .b, n. or": [{"prime_wave": torch.zeros(1, 1, 1, 100)}],
     "prime_wave_input_sample_hz must be in": [{"prime_wave_input_sample_hz": 0}],
+    "got prime_wave_input_sample_hz without prime_wave": [{"prime_wave_input_sample_hz": 8000}],
     "prime_lengths must": [
         {"prime_wave": torch.zeros(2, 100), "prime_lengths": torch.tensor(lengths)}
         for lengths in ([5], [5, 101], [-1, 5])

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from audiolm_pytorch.saving.files import check_digest, digest_of_file, read_json, temporary_folder, write_json
+from audiolm_pytorch.saving.files import (
+    check_digest,
+    digest_of_file,
+    read_json,
+    read_weights,
+    temporary_folder,
+    write_json,
+)
 from audiolm_pytorch.saving.modules import load_module, register, save_module
 
 
@@ -18,6 +25,11 @@ class Twig(nn.Module):
         super().__init__()
         self.config = {"width": width}
         self.weight = nn.Parameter(torch.randn(width))
+
+
+@register
+class TwigOfAnotherClass(Twig):
+    """The same weight in another class."""
 
 
 def flipped(path: Path, bit: int) -> None:
@@ -83,6 +95,10 @@ def test_digest_of_a_missing_or_changed_file(tmp_path: Path) -> None:
     flipped(path, 9_000_000)
     with pytest.raises(ValueError, match="x has changed since it was written"):
         check_digest(path, digest)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    for read in (lambda: check_digest(path, digest), lambda: read_weights(path)):
+        with pytest.raises(ValueError, match="x is a pointer of Git LFS; download the file with git lfs pull"):
+            read()
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -97,7 +113,11 @@ def test_files_of_others_are_not_overwritten(tmp_path: Path, name: str) -> None:
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"width": 3', '"width": 4'))
     save_module(Twig(), tmp_path)
-    load_module(tmp_path)
+    with pytest.raises(
+        ValueError, match="contains a saved Twig, which a TwigOfAnotherClass would replace; move it away"
+    ):
+        save_module(TwigOfAnotherClass(), tmp_path)
+    load_module(tmp_path, expect=Twig)
 
 
 def test_folders_of_killed_saves_are_removed(tmp_path: Path) -> None:

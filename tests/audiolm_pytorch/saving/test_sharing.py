@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -222,3 +224,10 @@ def test_a_tokenizer_is_not_a_codec(tmp_path):
     small_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a KMeansTokenizer, but a Codec is needed"):
         Codec.from_pretrained(tmp_path)
+
+
+@pytest.mark.slow
+def test_bundled_models_are_found_without_the_upper_package():
+    """The names do not depend on what was imported before."""
+    program = "from audiolm_pytorch import Codec; Codec.from_pretrained('codec_16khz')"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

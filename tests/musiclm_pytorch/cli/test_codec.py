@@ -155,6 +155,8 @@ def test_entropy_coding(musiclm_command, codec, write_tone, tmp_path, capsys):
     assert raw.with_suffix(".wav").read_bytes() == coded.with_suffix(".wav").read_bytes()
     assert musiclm_command(*decode, coded, "--out", tmp_path / "b.wav") == 2
     assert re.fullmatch(r"musiclm: .*compressed by the entropy model .*--entropy.*\n", capsys.readouterr().err)
+    assert musiclm_command(*decode, raw, "--out", tmp_path / "b.wav", "--entropy", folder) == 2
+    assert "raw.safetensors: the codes are not compressed; leave out" in capsys.readouterr().err
     other = saved_codec(tmp_path / "other", seed=1)
     assert musiclm_command(*encode[:3], "--codec", other, "--out", raw, "--entropy", folder) == 2
     assert "different fingerprints" in capsys.readouterr().err

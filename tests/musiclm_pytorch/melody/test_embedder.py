@@ -24,7 +24,7 @@ SCALE = [PitchNote(0.5 * i, 0.5 * i + 0.45, pitch) for i, pitch in enumerate((0,
 
 
 def item_of(rows: object) -> AudioItem:
-    return AudioItem(Path("a.wav"), None, {"pitch_class": rows}, 8000, 8000)
+    return AudioItem(Path("a.wav"), None, {"pitch_class": rows}, 8000, 19200)
 
 
 def test_notes_are_read_cut_and_looked_up() -> None:
@@ -36,6 +36,7 @@ def test_notes_are_read_cut_and_looked_up() -> None:
             ValueError, match=r"a.wav: pitch_class must be a list of \[start_seconds, end_seconds, name\]"
         ):
             notes_of(item_of(rows))
+    assert notes_of(item_of([[0, 3, "C"]])) == [PitchNote(0.0, 2.4, 0)]
     times = np.array([0.0, 0.44, 0.46, 0.5, 2.6, 9.0])
     assert pitch_classes_at(SCALE, times).tolist() == [0, 0, -1, 4, 11, -1]
     assert pitch_classes_at([], times).tolist() == [-1] * 6
@@ -176,4 +177,7 @@ def test_training_needs_notes_and_their_melody_is_the_condition(tmp_path: Path) 
     for split in ("train", "valid"):
         (tmp_path / f"{split}.jsonl").write_text('{"audio": "0.wav"}\n{"audio": "1.wav"}\n')
     with pytest.raises(ValueError, match="none of 2 files has notes in the label pitch_class"):
+        MelodyTrainer(folder=tmp_path, results_folder=tmp_path / "none", **settings)
+    (tmp_path / "train.jsonl").write_text('{"audio": "0.wav", "pitch_class": [[0, 1, "C"], [50, 51, "C"]]}\n')
+    with pytest.raises(ValueError, match=r"0.wav: pitch_class has a note that starts at 50 s.* file ends at 2.4 s"):
         MelodyTrainer(folder=tmp_path, results_folder=tmp_path / "none", **settings)

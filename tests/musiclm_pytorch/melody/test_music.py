@@ -139,6 +139,8 @@ def test_wrong_melodies_are_one_line(musiclm: MusicLM) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="melody_sample_hz must be in"):
         musiclm("a", melody=torch.rand(90), melody_sample_hz=1, **REQUEST)
+    with pytest.raises(ValueError, match="got melody_sample_hz without melody"):
+        musiclm("a", melody_sample_hz=8000, **REQUEST)
     with pytest.raises(ValueError, match="semantic transformer was trained with another melody embedder"):
         MusicLM(audio_lm=musiclm.audio_lm, mulan_embed_quantizer=quantizer, melody_embedder=toy_embedder(dim_latent=5))
 

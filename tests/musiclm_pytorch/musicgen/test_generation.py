@@ -154,6 +154,9 @@ def test_wrong_inputs_raise_errors(model: MusicGen) -> None:
         model.generate(texts=["a", "b"], seeds=[1, 2, 3])
     with pytest.raises(ValueError, match="no melody condition"):
         model.generate(melody=torch.zeros(1000))
+    for name in ("prompt", "melody"):
+        with pytest.raises(ValueError, match=f"got {name}_sample_hz without {name}"):
+            model.generate(**{f"{name}_sample_hz": 8000})
     with pytest.raises(ValueError, match="seconds must be positive"):
         model.generate(seconds=0)
     with pytest.raises(ValueError, match="multiple of heads"):

@@ -17,9 +17,9 @@ from tests.helpers.installed_sounds import sounds_are_missing
 
 
 class Item:
-    """An item with labels alone."""
+    """An item of 100 s with labels alone."""
 
-    path = "melody"
+    path, sample_hz, num_samples = "melody", 1, 100
 
     def __init__(self, labels: dict[str, Any]) -> None:
         self.labels = labels
