@@ -33,6 +33,7 @@ from musiclm_pytorch.musicgen.text_tower import TextTowerEncoder
 from musiclm_pytorch.musicgen.transformer import MusicGenTransformer
 from tests.helpers import small_models as small
 from tests.helpers.published_vq_wav2vec import vq_settings, write_vq_wav2vec
+from tests.helpers.toy_musiclm import toy_embedder
 
 transformers = pytest.importorskip("transformers")
 every_dtype = pytest.mark.parametrize(
@@ -188,6 +189,7 @@ MODULES = {
         lambda: ChannelwiseCodec(codec=small.small_soundstream(), channels=2),
         lambda codec: [codec.decode_from_codebook_indices(codec.tokenize(WAVE.view(1, 2, -1)))],
     ),
+    "MelodyEmbedder": (toy_embedder, lambda embedder: [*embedder.latents(WAVE)]),
     "Discriminators": (lambda: soundstream_discriminators(width=8), discriminated),
     "MultiScaleSTFTDiscriminator": (lambda: encodec_discriminators(width=4), discriminated),
     "MusicNN": (lambda: MusicNN(tags=["a", "b"]).eval(), lambda network: [*network.window_features(WAVE)]),

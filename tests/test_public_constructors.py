@@ -69,7 +69,7 @@ def test_all_exported_modules_are_listed_or_need_other_models():
     wrappers |= {"DacWrapper", "EncodecWrapper", "MimiWrapper", "FairseqVQWav2Vec", "HubertWithKmeans"}
     wrappers |= {"Codec", "FrameEncoder", "JointEmbedding", "SemanticTokenizer"}
     wrappers |= {"MusicGen", "AudioGen"}  # of a codec
-    wrappers |= {"TextTowerEncoder"}  # of a TextTransformer
+    wrappers |= {"TextTowerEncoder", "MelodyEmbedder"}  # of a tower of MuLaN
     wrappers |= {"SigmoidContrastiveLearning", "SoftmaxContrastiveLearning"}
     wrappers |= {f"{stage}TransformerWrapper" for stage in ("Semantic", "Coarse", "Fine")}
     for package in (audiolm_pytorch, musiclm_pytorch):

@@ -136,7 +136,7 @@ class CropDataset:
 def check_crop_seconds(seconds: float | None, token_seconds: float) -> None:
     """Check that a crop of `seconds` (None = a whole file) has at least one token."""
     if seconds is not None and not seconds >= token_seconds:
-        raise ValueError(f"got crops of {seconds} s, but a token lasts {token_seconds} s; use longer crops")
+        raise ValueError(f"got crops of {seconds} s, but a token lasts {token_seconds} s; use more seconds")
 
 
 @typed

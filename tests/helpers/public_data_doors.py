@@ -154,7 +154,7 @@ def _musicgen() -> Any:
 
 
 def _trainer(**parts: Any) -> dict[str, Any]:
-    return {**parts, "folder": _sounds(), **RUN, "results_folder": _out(), **SETTINGS}
+    return {"folder": _sounds(), **RUN, "results_folder": _out(), **SETTINGS, **parts}
 
 
 DATA_ROWS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -228,7 +228,7 @@ DATA_ROWS: dict[str, Callable[[], dict[str, Any]]] = {
     ),
     "SoundStreamTrainer": lambda: _trainer(
         **{"soundstream": small.small_soundstream(denoising=FiLM(dim=16)), "noise_folder": _sounds()},
-        **{"data_max_length_seconds": 0.25, "noise_snr_db": (0.0, 5.0), "unquantized_steps": 1},
+        **{"data_max_length_seconds": 0.25, "noise_snr_db": (0.0, 5.0), "unquantized_steps": 1, "num_train_steps": 2},
     ),
     "EntropyCoder": lambda: {"model": _entropy_model()},
     "EntropyTransformerTrainer": lambda: _trainer(

@@ -10,7 +10,11 @@ from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.saving.modules import load_module, save_module
-from musiclm_pytorch.evaluation.classifier import AttributeClassifier, fit_attribute_classifier
+from musiclm_pytorch.evaluation.classifier import (
+    INVERSE_REGULARISATION,
+    AttributeClassifier,
+    fit_attribute_classifier,
+)
 from musiclm_pytorch.evaluation.clip_features import ClipFeatures
 from musiclm_pytorch.evaluation.clips import labels_of, load_clips
 from musiclm_pytorch.mulan.joint import JointEmbedding
@@ -71,10 +75,10 @@ def test_classifier_agrees_with_scikit_learn():
     inputs = torch.randn(60, 8, generator=generator)
     three = [("a", "b", "c")[int(x)] for x in (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0.5).long()]
     two = ["yes" if x > 0 else "no" for x in inputs[:, 2]]
-    fitted = AttributeClassifier.fit(inputs, {"three": three, "two": two}, ClipFeatures(), 0.5)
+    fitted = AttributeClassifier.fit(inputs, {"three": three, "two": two}, ClipFeatures())
     inputs = ((inputs - inputs.mean(0)) / inputs.std(0)).clamp(-4, 4).double().numpy()
     for name, names in (("three", three), ("two", two)):
-        oracle = LogisticRegression(C=0.5, max_iter=500, class_weight="balanced").fit(inputs, names)
+        oracle = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=500, class_weight="balanced").fit(inputs, names)
         own = fitted.heads[name](torch.from_numpy(inputs).float()).softmax(dim=-1)
         assert fitted.classes[name] == list(oracle.classes_)
         assert np.allclose(own.numpy(), oracle.predict_proba(inputs), atol=1e-4)
