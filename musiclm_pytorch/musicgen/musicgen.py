@@ -421,10 +421,9 @@ class MusicGen(SharedModel):
             start_seconds = None if stride_frames is None else float(window.start / rate_hz)
             conditions["melody"] = _nothing(self.chroma.num_classes, self.device, self.chroma.num_frames)
             if melodies:
-                present = [melody or Melody() for melody in melodies]
-                embeddings = torch.stack([melody.window(self.chroma, start_seconds) for melody in present])
+                rows = [(melody or Melody()).window(self.chroma, start_seconds) for melody in melodies]
                 is_missing = torch.tensor([melody is None for melody in melodies])
-                conditions["melody"] = ConditionTensor.of(embeddings.to(self.device)).without_items(is_missing)
+                conditions["melody"] = ConditionTensor.of(torch.stack(rows).to(self.device)).without_items(is_missing)
         return conditions
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.fuser import ConditionSpec
@@ -73,17 +73,7 @@ class MusicGenTransformer(StageTransformer):
         check_shares(melody_drop_prob=melody_drop_prob, text_drop_prob=text_drop_prob)
         further = dict(conditions or {})
         if text_dim is not None:
-            way: Literal["cross", "prepend"] = "cross" if melody_frames is None else "prepend"
-            null_tokens: Literal["all"] | None = None if melody_frames is None else "all"
-            text = ConditionSpec(
-                text_dim,
-                way,
-                null="zero",
-                null_tokens=null_tokens,
-                drop_prob=0.0 if melody_frames is None else text_drop_prob,
-                projection="linear",
-            )
-            further = {"text": text, **further}
+            further = {"text": _text_condition(text_dim, melody_frames is not None, text_drop_prob), **further}
         if melody_frames is not None:  # the last prefix condition is the first in the sequence
             further["melody"] = ConditionSpec(
                 ChromaConditioner.num_classes,
@@ -127,3 +117,12 @@ class MusicGenTransformer(StageTransformer):
             "conditions": {name: spec.to_dict() for name, spec in self.fuser.specs.items() if name not in _OWN},
         }
         self._keep_config()
+
+
+def _text_condition(text_dim: int, has_melody: bool, drop_prob: float) -> ConditionSpec:
+    """Return the text condition: before the tokens in a model with a melody, else by cross-attention."""
+    if has_melody:
+        return ConditionSpec(
+            text_dim, "prepend", null="zero", null_tokens="all", drop_prob=drop_prob, projection="linear"
+        )
+    return ConditionSpec(text_dim, "cross", null="zero", projection="linear")
