@@ -129,17 +129,19 @@ def test_weights_that_are_not_finite_raise():
 
 
 def test_files_of_compressed_codes(tmp_path, write_tone):
-    """A file needs the model that wrote it; files without entropy coding are read with and without a model."""
+    """A file needs the model that wrote it, and a file without entropy coding is read without a model only."""
     coder, path = EntropyCoder(entropy_model()), tmp_path / "a.safetensors"
     stored = FileCodec(FakeCodec()).encode(write_tone("a.wav", 0.5, 8000))
     raw_bytes = write_codes(tmp_path / "raw.safetensors", stored)
     assert raw_bytes == 2 * stored.codes.numel() > write_codes(path, stored, coder)
-    for name in ("raw.safetensors", "a.safetensors"):
-        got = read_codes(tmp_path / name, coder)
+    for name, compressor in (("raw.safetensors", None), ("a.safetensors", coder)):
+        got = read_codes(tmp_path / name, compressor)
         assert torch.equal(got.codes, stored.codes) and got.info == stored.info
     for compressor in (None, EntropyCoder(entropy_model(seed=1))):
         with pytest.raises(ValueError, match="a.safetensors: the codes are compressed .*--entropy"):
             read_codes(path, compressor)
+    with pytest.raises(ValueError, match="raw.safetensors: the codes are not compressed"):
+        read_codes(tmp_path / "raw.safetensors", coder)
 
 
 @pytest.mark.slow
