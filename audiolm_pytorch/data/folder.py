@@ -37,10 +37,9 @@ class FolderScan:
 def scan_folder(folder: Path, suffixes: tuple[str, ...] = AUDIO_SUFFIXES) -> FolderScan:
     """Find the files with these suffixes below a folder, each with its `.json` and `.txt` caption files.
 
-    Hidden files are skipped.
-    Links to folders are followed, but each folder is searched once. Audio that cannot be decoded by its suffix, links
-    without a target, folders that cannot be read, the samples of training runs and the clips of evaluations are left
-    out with a reason.
+    Hidden files are skipped. Links to folders are followed, but each folder is searched once. Audio that cannot be
+    decoded by its suffix, links without a target, folders that cannot be read, the samples of training runs and the
+    clips of evaluations are left out with a reason.
     """
     if not folder.is_dir():
         reason = (

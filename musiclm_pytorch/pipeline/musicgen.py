@@ -1,7 +1,6 @@
 """Training of a MusicGen with a preset: a new model, the tokens of its data, and its trainer."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from math import inf
@@ -21,14 +20,13 @@ from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.training import inverse_square_root
 from audiolm_pytorch.training.distributed import create_accelerator
 from audiolm_pytorch.training.rng import seed_rng
-from audiolm_pytorch.training.run_folder import claimed_folder
 from musiclm_pytorch.mulan import TextTransformer
 from musiclm_pytorch.musicgen.augmentation import Mixing, TextAugmentation
 from musiclm_pytorch.musicgen.musicgen import MusicGen
 from musiclm_pytorch.musicgen.text_tower import TextTowerEncoder
 from musiclm_pytorch.musicgen.trainer import MusicGenTrainer
 from musiclm_pytorch.pipeline.musicgen_presets import MusicGenPreset
-from musiclm_pytorch.pipeline.run_folder import RUN_MARKS, check_run_folder
+from musiclm_pytorch.pipeline.run_folder import claimed_run
 from musiclm_pytorch.pipeline.token_shards import compute_music_tokens
 from musiclm_pytorch.pipeline.trainers import loop_settings
 
@@ -119,11 +117,8 @@ def musicgen_trainer(
         "chroma": model.chroma,
         "accelerator": accelerator,
     }
-    with claimed_folder(out, RUN_MARKS) if accelerator.is_main_process else nullcontext():
-        accelerator.wait_for_everyone()
-        facts = {"preset": asdict(preset), "seed": seed, "data": items_digest([*items[0], *items[1]])}
-        check_run_folder(out, facts, write=accelerator.is_main_process, allow_changed=allow_changed)
-        accelerator.wait_for_everyone()
+    facts = {"preset": asdict(preset), "seed": seed, "data": items_digest([*items[0], *items[1]])}
+    with claimed_run(out, facts, accelerator, allow_changed):
         if preset.mix_prob == 0:
             data["shards"] = tuple(
                 compute_music_tokens(out / _TOKENS_FOLDER / part, part_items, origin={"part": part}, **tokens)

@@ -4,7 +4,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from audiolm_pytorch.saving.weights import load_weights
 from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.training.distributed import create_accelerator
 from audiolm_pytorch.training.rng import seed_rng
-from audiolm_pytorch.training.run_folder import RUN_KIND, claimed_folder, read_record
+from audiolm_pytorch.training.run_folder import RUN_KIND, read_record
 from musiclm_pytorch.melody.embedder import CONDITION as MELODY, MelodyEmbedder
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.mulan.captions import aspects_of
@@ -154,10 +153,7 @@ class Pipeline:
         check_step(step)
         names = self._steps_to_run(step)
         self._check_needs(names)
-        is_main = self.accelerator.is_main_process
-        with claimed_folder(self.out, run_folder.RUN_MARKS) if is_main else nullcontext():
-            self.accelerator.wait_for_everyone()  # before another process writes files that would be removed
-            self._check_run_folder()
+        with run_folder.claimed_run(self.out, self._facts(), self.accelerator, self.allow_changed):
             for name in names:
                 if self.is_done(name):
                     self._check_fresh(name)
@@ -233,13 +229,14 @@ class Pipeline:
 
     # the folder of the run
 
-    def _check_run_folder(self) -> None:
+    def _facts(self) -> dict[str, Any]:
+        """Return the settings that must not change when a run continues."""
         # relative paths: the corpus may be moved
         root = (self.data.parent if self.data.is_file() else self.data).resolve()
         paths = sorted(os.path.relpath(item.path.resolve(), root) for item in [*self.train_items, *self.valid_items])
         preset = asdict(self.preset)
         del preset["melody"]  # checked by the trainers, so that finished runs without melodies can be trained on
-        facts = {
+        return {
             "preset": preset,
             "seed": self.seed,
             "num_files": len(paths),
@@ -251,8 +248,6 @@ class Pipeline:
                 for step in PRETRAINED_KINDS
             },
         }
-        is_main = self.accelerator.is_main_process
-        run_folder.check_run_folder(self.out, facts, write=is_main, allow_changed=self.allow_changed)
         self.accelerator.wait_for_everyone()
 
     def _report(self, step: str) -> dict[str, Any]:
