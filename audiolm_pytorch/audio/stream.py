@@ -24,6 +24,7 @@ __all__ = [
     "AudioWriter",
     "check_decoded",
     "open_sound",
+    "partial_path",
     "sound_blocks",
 ]
 
@@ -128,6 +129,12 @@ class AudioSource:
             yield chunk
 
 
+def partial_path(path: Path) -> Path:
+    """Return the path of the incomplete file that replaces `path` when it is complete."""
+    stem = os.fsdecode(os.fsencode(path.stem)[:_MAX_STEM_BYTES])  # names may have at most 255 bytes
+    return path.with_name(f".{stem}.{os.getpid()}.partial{path.suffix.lower()}")
+
+
 class AudioWriter:
     """Writer of an audio file in chunks; the file appears at `path` only when it is complete.
 
@@ -155,9 +162,7 @@ class AudioWriter:
         check_rate(sample_hz)
         check_channels(channels)
         self._subtype = WRITE_SUBTYPES[suffix]
-        # Names may have at most 255 bytes.
-        stem = os.fsdecode(os.fsencode(self.path.stem)[:_MAX_STEM_BYTES])
-        self._partial = self.path.with_name(f".{stem}.{os.getpid()}.partial{suffix}")
+        self._partial = partial_path(self.path)
         self._file: soundfile.SoundFile | None = None
         self._num_samples = 0
         self._is_closed = False

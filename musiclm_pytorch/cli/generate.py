@@ -1,7 +1,6 @@
 """`musiclm generate`: music from a text."""
 
 import json
-import os
 import struct
 import sys
 from collections.abc import Iterator, Sequence
@@ -183,12 +182,14 @@ class Generate(ModelOptions):
 
     def _write_chunks(self, chunks: "Iterator[_Chunk]") -> None:
         """Write the first wave of every chunk as soon as the chunk is generated; an older file stays until the end."""
+        from audiolm_pytorch.audio.stream import partial_path
+
         first = next(chunks)  # before the file is created
         if not self.out.is_file():
             self._write_samples(first, chunks, self.out)
         else:
             out = self.out.resolve()
-            partial = out.with_name(f".{out.stem}.{os.getpid()}.partial{out.suffix}")
+            partial = partial_path(out)
             try:
                 self._write_samples(first, chunks, partial)
                 partial.replace(out)
