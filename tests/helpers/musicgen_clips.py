@@ -18,13 +18,14 @@ CAPTIONS = ["slow", "Fast", "piano", "violin jig", "drums", "a harp", "empty hal
 
 
 def write_clips(root: Path) -> Path:
-    """Write noisy tones of eight different pitch classes, with captions."""
+    """Write noisy tones of eight different pitch classes, with captions; none is C, the chroma of a dropped melody."""
     generator = torch.Generator().manual_seed(0)
     lines = []
     for index, caption in enumerate(CAPTIONS):
         time = torch.arange(round(SECONDS * HZ)) / HZ
         noise = 0.02 * torch.randn(len(time), generator=generator).cumsum(0).clamp(-5, 5)
-        write_audio(root / f"{index}.wav", 0.5 * torch.sin(2 * torch.pi * 262 * 2 ** (index / 12) * time) + noise, HZ)
+        tone = 0.5 * torch.sin(2 * torch.pi * 262 * 2 ** ((index + 1) / 12) * time)
+        write_audio(root / f"{index}.wav", tone + noise, HZ)
         lines.append(json.dumps({"audio": f"{index}.wav", "caption": caption}))
     (root / "manifest.jsonl").write_text("\n".join(lines))
     return root

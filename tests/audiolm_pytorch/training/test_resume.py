@@ -273,7 +273,7 @@ def test_state_missing_from_the_checkpoint_is_detected(
         "noise": (run, "seed_rng", lambda *position, device: torch.manual_seed(0)),
         "data": (BatchPlan, "indices", lambda plan, step: originals["data"](plan, max(0, step - 5))),
         "schedule": (optimizer, "learning_rate_at", lambda step, **rest: learning_rate_at(max(0, step - 5), **rest)),
-        "optimizer": (PhaseOptimizer, "load_state", lambda phase, tensors, rest: None),
+        "optimizer": (PhaseOptimizer, "load_state", lambda phase, tensors, rest, is_changed: None),
     }
 
     with pytest.raises(AssertionError):

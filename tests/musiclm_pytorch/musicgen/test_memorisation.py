@@ -40,7 +40,7 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     MusicGenTrainer(
         model,
         items=all_items(folder),
-        num_train_steps=1000,
+        num_train_steps=700,
         learning_rate=3e-3,
         results_folder=root / "run",
         **SETTINGS,
