@@ -30,13 +30,24 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Start every test from the same random state, on one thread."""
+def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.default_generator.manual_seed(0)  # torch.manual_seed takes 1.5 ms
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Start every test from the same random state, on one thread."""
+    _seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
+    """Start fixtures that tests share from the same state, too: they do not depend on the tests before."""
+    if fixturedef.scope != "function":
+        _seed()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 _LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-def run_python(*arguments: str | Path, timeout: int = 120, **named: Any) -> subprocess.CompletedProcess[str]:
+def run_python(*arguments: str | Path, timeout: int = 600, **named: Any) -> subprocess.CompletedProcess[str]:
     """Run Python on the CPU with one thread, and return its output. This checkout can be imported."""
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")])

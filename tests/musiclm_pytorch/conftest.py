@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from musiclm_pytorch.cli import app as cli
 from musiclm_pytorch.pipeline import presets as config
@@ -21,7 +20,6 @@ def micro_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def micro_run(micro_data: Path) -> Path:
     """The folder of a finished run over `micro_data`; read only."""
-    torch.set_num_threads(1)
     out = micro_data.parent / "run"
     list(Pipeline(MICRO, data=micro_data, out=out).run())
     return out

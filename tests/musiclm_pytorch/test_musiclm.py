@@ -64,7 +64,6 @@ class FakeAudioLM(AudioLM):
 @pytest.fixture(scope="module")
 def trained() -> MuLaN:
     """A MuLaN trained on one text per pitch."""
-    torch.set_num_threads(1)
     mulan = tiny_mulan()
     optimizer = torch.optim.Adam(mulan.parameters(), lr=3e-3)
     for _ in range(60):

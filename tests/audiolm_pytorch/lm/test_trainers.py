@@ -412,7 +412,7 @@ def test_generation_after_training_equals_that_of_a_new_process(tmp_path):
         assert all(torch.equal(weight, chosen[name]) for name, weight in own.items())
     assert found[0] != found[1] and found[0][0] != found[0][1]
     command = [sys.executable, "-c", FRESH_PROCESS, str(Path(__file__).parents[3]), *folders]
-    fresh = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    fresh = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
     assert json.loads(fresh) == found
 
 

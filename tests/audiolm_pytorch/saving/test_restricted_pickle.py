@@ -228,7 +228,7 @@ def test_dense_files_end_soon(tmp_path):
         leaves = [leaves, leaves]
     settings = hubert_settings(model)
     settings["model"]["bomb"] = leaves
-    start = time.perf_counter()
+    start = time.process_time()
     assert (
         read_fairseq(write_hubert_checkpoint(tmp_path / "a.pt", model, settings=settings)).model["encoder_layers"] == 1
     )
@@ -240,7 +240,7 @@ def test_dense_files_end_soon(tmp_path):
     for key in (doubled(40), b"(" + 9 * b"N" + b"t", pickle.dumps(2**65, 2)[2:-1]):
         path = zip_checkpoint(tmp_path / "b.pt", protocol4(b"}" + key + b"Ns"))
         assert "as a key" in refusal(TorchCheckpoint, path)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_keys_of_an_older_file_are_not_written_out(tmp_path):
@@ -310,7 +310,7 @@ for reader, path in zip((TorchCheckpoint, TorchCheckpoint, read_centroids), sys.
         assert "MemoryError" not in str(error) and str(path) in str(error), error
 """
     arguments = [sys.executable, "-c", program, *map(str, [*paths, tmp_path / "k.bin"])]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 

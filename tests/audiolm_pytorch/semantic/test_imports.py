@@ -97,7 +97,7 @@ def run_without(blocked: tuple[str, ...], program: str, folder: Path) -> "subpro
         text=True,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done

@@ -121,7 +121,6 @@ def sounds(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def straight(sounds) -> tuple[bytes, ...]:
     """Result of a run without interruption."""
-    torch.set_num_threads(1)
     return result(job(sounds, sounds.parent / "straight").train())
 
 

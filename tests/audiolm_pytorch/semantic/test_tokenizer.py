@@ -49,7 +49,6 @@ def fit_tokenizer(folder: Path, num_waves: int, **settings) -> KMeansTokenizer:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> KMeansTokenizer:
-    torch.set_num_threads(1)
     return fit_tokenizer(tmp_path_factory.mktemp("tokenizer"), 8, layer=2, num_clusters=16, seed=3)
 
 

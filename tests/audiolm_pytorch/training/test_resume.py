@@ -111,7 +111,7 @@ def test_killed_process_resumes_bit_for_bit(tmp_path: Path) -> None:
     folder, kills = tmp_path / "killed", 0
     for number in range(3):
         process = subprocess.Popen(script(folder, 0.03))
-        reached = 12 * (number + 1)
+        reached = 8 * (number + 1)
         while process.poll() is None:
             rows = rows_of(folder) if (folder / "metrics.jsonl").exists() else []
             if rows and rows[-1]["step"] >= reached:

@@ -414,6 +414,6 @@ def test_as_a_process(tmp_path):
     """A process ends with the exit status and one line on stderr; imports print no warnings."""
     program = "import sys; from musiclm_pytorch.cli import main; sys.exit(main())"
     words = [sys.executable, "-c", program, "generate", "x", "--model", str(tmp_path)]
-    ended = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert ended.returncode == 2 and ended.stdout == ""
     assert ended.stderr.startswith("musiclm: ") and ended.stderr.count("\n") == 1

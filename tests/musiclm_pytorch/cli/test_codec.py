@@ -370,6 +370,6 @@ def test_long_files_need_no_more_memory(codec, tmp_path):
             for _ in range(seconds):
                 file.write(second)
     words = [sys.executable, "-c", LONG_FILE, "long.wav", "a.safetensors", "a.wav", str(codec)]
-    ended = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    ended = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert ended.returncode == 0, ended.stderr
     assert soundfile.info(tmp_path / "a.wav").frames == 600 * 8000

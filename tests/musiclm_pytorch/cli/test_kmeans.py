@@ -190,4 +190,4 @@ main(["--help"])
 heavy = {"sklearn", "transformers", "matplotlib", "joblib", "accelerate", "musiclm_pytorch.evaluation.semantic_probes"}
 sys.exit(len(heavy & set(sys.modules)))
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=600, stdout=subprocess.DEVNULL)

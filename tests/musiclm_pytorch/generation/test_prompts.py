@@ -35,14 +35,12 @@ def musiclm_of_texts(**changes: Any) -> MusicLM:
 @pytest.fixture(scope="module")
 def musiclm() -> MusicLM:
     """Tests must not change it."""
-    torch.set_num_threads(1)
     return musiclm_of_texts()
 
 
 @pytest.fixture(scope="module")
 def with_melody() -> MusicLM:
     """With stages that are also conditioned on a melody; tests must not change it."""
-    torch.set_num_threads(1)
     return musiclm_of_texts(melody=True)
 
 

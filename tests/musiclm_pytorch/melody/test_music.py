@@ -25,7 +25,6 @@ MELODY = {"melody": tones(300, 500, 700, seconds=0.2).flatten(), "melody_sample_
 @pytest.fixture(scope="module")
 def musiclm() -> MusicLM:
     """Tests must not change it."""
-    torch.set_num_threads(1)
     return musiclm_of(melody=True)
 
 
