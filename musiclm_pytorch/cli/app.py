@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from importlib import import_module
 from operator import or_
@@ -16,6 +17,7 @@ import tyro
 
 from audiolm_pytorch.saving.text import logger_named, printable
 from musiclm_pytorch.cli.checks import OneLineFormatter, printable_line
+from musiclm_pytorch.cli.settings import PresetOptions, split_settings
 
 __all__ = ["main"]
 
@@ -91,6 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parsed(class_: Any, words: Sequence[str], **options: Any) -> Any:
     """Parse the words of a command; the help text, or what is wrong, is printed without control characters."""
+    if isinstance(class_, type) and issubclass(class_, PresetOptions):
+        words, settings = split_settings(class_, words)
+        return replace(_parsed_options(class_, words, **options), settings=settings)
+    return _parsed_options(class_, words, **options)
+
+
+def _parsed_options(class_: Any, words: Sequence[str], **options: Any) -> Any:
     try:
         return tyro.cli(class_, args=words, console_outputs=False, **options)
     except SystemExit:

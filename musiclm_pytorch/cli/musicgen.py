@@ -1,6 +1,6 @@
 """`musiclm train musicgen`: train or fine-tune a MusicGen on captioned audio."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from audiolm_pytorch.saving.text import printable
-from musiclm_pytorch.cli.checks import ModelOptions, check_at_least, check_data, check_seconds, option_name
+from musiclm_pytorch.cli.checks import check_at_least, check_data, option_name
+from musiclm_pytorch.cli.settings import PresetOptions, print_settings
 
 if TYPE_CHECKING:
     from musiclm_pytorch.musicgen.musicgen import MusicGen
@@ -21,19 +22,18 @@ _NEW = ("codec", "text_encoder", "mulan")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainMusicGen(ModelOptions):
+class TrainMusicGen(PresetOptions):
     """Train a MusicGen on captioned audio, or fine-tune one.
 
-    To continue an interrupted training, run the same command again.
+    To continue an interrupted training, run the same command again. The presets are tiny (one or two CPU cores), and as
+    published: small, medium, large, melody, audiogen. Every setting of a preset is an option, for example
+    `--run.batch-size 6` or `--mix-prob 0.5`; `--print-config` lists them.
     """
 
     data: Path
     """Folder of audio files, or a folder or file with a JSONL manifest (audio, caption, labels)."""
     out: Path
     """Folder of the run. At the end, musiclm generate --model OUT uses the trained model."""
-    preset: str = "tiny"
-    """Sizes and training settings: tiny (one or two CPU cores), or as published: small, medium, large, melody,
-    audiogen."""
     from_model: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Fine-tune this MusicGen, a folder or a hub id such as facebook/musicgen-small, with the settings of --preset."""
     lora_rank: int | None = None
@@ -46,38 +46,36 @@ class TrainMusicGen(ModelOptions):
     """Text encoder of a new model instead of that of the preset: a folder or a hub id such as t5-base."""
     mulan: str | None = None
     """Use the text tower of this MuLaN as the text encoder of a new model: tiny (bundled), a folder, or a hub id."""
-    mix: float | None = None
-    """Probability that a clip is mixed with another one, as in AudioGen. The codec then runs during the training."""
-    seconds: float | None = None
-    """Length of the training crops, and of the windows of a new model, instead of that of the preset."""
-    batch_size: int | None = None
-    """Number of crops per step and process, instead of that of the preset."""
-    learning_rate: float | None = None
-    """Peak learning rate, instead of that of the preset."""
-    scale: float = 1.0
-    """Factor for the number of steps."""
     seed: int = 0
     """Seed of initial weights, data order and noise."""
     allow_changed: tuple[str, ...] = ()
     """Names of settings that may differ from those of the interrupted run, such as batch_size or num_train_steps."""
 
+    @staticmethod
+    def presets() -> dict[str, Any]:
+        """Return the presets by name."""
+        from musiclm_pytorch.pipeline.musicgen_presets import MUSICGEN_PRESETS
+
+        return MUSICGEN_PRESETS
+
     def execute(self) -> int:
         """Train the model, and print its last validation metrics."""
-        check_at_least(self, seed=0, batch_size=1, lora_rank=1)
-        check_seconds(self.seconds)
+        check_at_least(self, seed=0, lora_rank=1)
         if self.lora_rank is not None and self.from_model is None:
             raise ValueError("--lora-rank needs --from; add the model to fine-tune, or leave out --lora-rank")
-        if not 0 <= (self.mix or 0) <= 1:
-            raise ValueError(f"--mix must be a probability in 0..1, got {self.mix:g}")
-        if self.learning_rate is not None and not 0 < self.learning_rate < inf:
-            raise ValueError(f"--learning-rate must be above 0 and finite, got {self.learning_rate:g}")
+        from musiclm_pytorch.pipeline.musicgen_presets import musicgen_preset
+
+        preset = self.resolved(musicgen_preset(self.preset))
+        if self.print_config:
+            print_settings(preset)
+            return 0
         check_data(self.data)
 
         from audiolm_pytorch.data.manifest import training_items
         from audiolm_pytorch.training.distributed import create_accelerator
         from musiclm_pytorch.pipeline.musicgen import musicgen_trainer
 
-        preset, accelerator = self._preset(), create_accelerator()
+        accelerator = create_accelerator()
         parts = self._parts(preset)
         channels = 2 if self.stereo else parts["codec"].channels
         items = training_items(self.data, None, min_seconds=1.0, channels=channels)
@@ -108,19 +106,10 @@ class TrainMusicGen(ModelOptions):
             generate = partial(model, seconds=seconds, seed=self.seed)
             write_samples(self.out / "samples", items, generate, model.sample_hz)
 
-    def _preset(self) -> "MusicGenPreset":
-        """Return the preset with the settings of the options."""
-        from musiclm_pytorch.pipeline.musicgen_presets import musicgen_preset
-
-        preset = musicgen_preset(self.preset)
-        names = ("seconds", "batch_size", "learning_rate")
-        run = replace(preset.run.scaled(self.scale), **_set_options(self, names))
-        return replace(preset, run=run, mix_prob=preset.mix_prob if self.mix is None else self.mix)
-
     def _parts(self, preset: "MusicGenPreset") -> dict[str, Any]:
         """Load the codec and the text encoder of a new model, or the model to fine-tune and its codec."""
         if self.from_model is not None:
-            if names := list(_set_options(self, _NEW)):
+            if names := [name for name in _NEW if getattr(self, name) is not None]:
                 raise ValueError(f"{option_name(names[0])} is for a new model; leave it out, or leave out --from")
             from musiclm_pytorch.musicgen.musicgen import MusicGen
 
@@ -155,8 +144,3 @@ class TrainMusicGen(ModelOptions):
             captions = [text for item in items for text in captions_of(item)]
             return build_musicgen(preset, **parts, captions=captions, stereo=self.stereo, seed=self.seed)
         return stereo_from_mono(model) if self.stereo and model.codec.channels == 1 else model
-
-
-def _set_options(command: object, names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the options with these names that are not None."""
-    return {name: getattr(command, name) for name in names if getattr(command, name) is not None}

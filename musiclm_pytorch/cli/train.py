@@ -9,17 +9,20 @@ from typing import Annotated, Any
 import tyro
 
 from audiolm_pytorch.saving.text import printable
-from musiclm_pytorch.cli.checks import ModelOptions
+from musiclm_pytorch.cli.settings import PresetOptions, print_settings
 
 __all__ = ["Train"]
 
 
 @dataclass(frozen=True)
-class Train(ModelOptions):
+class Train(PresetOptions):
     """Run one step of the training pipeline, or all steps in order.
 
     To continue an interrupted training, run the same command again. To train a semantic tokenizer on a layer of any
     encoder, see `musiclm train kmeans --help`; to train a MusicGen, see `musiclm train musicgen --help`.
+
+    The presets are tiny (two CPU cores), small (one GPU) and paper (the sizes of MusicLM). Every setting of a preset is
+    an option, for example `--semantic.run.learning-rate 1e-4`; `--print-config` lists them.
     """
 
     step: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STEP")]
@@ -30,10 +33,6 @@ class Train(ModelOptions):
     """Folder of audio files, or a folder or file with a JSONL manifest (audio, caption, labels)."""
     out: Path
     """Folder of the run: checkpoints and metrics, and at the end the model in OUT/model."""
-    preset: str = "tiny"
-    """Sizes and step counts: tiny (two CPU cores) or small (one GPU)."""
-    scale: float = 1.0
-    """Factor for all step counts."""
     seed: int = 0
     """Seed of initial weights, data order and noise."""
     codec: str | None = None
@@ -49,6 +48,13 @@ class Train(ModelOptions):
     dry_run_device: str | None = None
     """Like --dry-run, with the estimated time on this GPU, such as a100, instead of a measurement on this machine."""
 
+    @staticmethod
+    def presets() -> dict[str, Any]:
+        """Return the presets by name."""
+        from musiclm_pytorch.pipeline.presets import PRESETS
+
+        return PRESETS
+
     def execute(self) -> int:
         """Run the selected steps and print a line for each step."""
         from musiclm_pytorch.pipeline.pipeline import Pipeline
@@ -58,7 +64,10 @@ class Train(ModelOptions):
         if self.step in ("kmeans", "musicgen"):
             raise ValueError(f"{self.step} must be the first word after train; see musiclm train {self.step} --help")
         check_step(self.step)
-        preset = preset_named(self.preset).scaled(self.scale)
+        preset = self.resolved(preset_named(self.preset))
+        if self.print_config:
+            print_settings(preset)
+            return 0
         parts = _pretrained_parts(self)
         folders: dict[str, Any] = {"data": self.data, "out": self.out}
         pipeline = Pipeline(preset, **folders, seed=self.seed, pretrained=parts, allow_changed=self.allow_changed)

@@ -9,6 +9,7 @@ from musiclm_pytorch.pipeline.presets import RunConfig, TransformerConfig
 __all__ = ["MUSICGEN_PRESETS", "MusicGenPreset", "musicgen_preset"]
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class MusicGenPreset(TransformerConfig):
     """Sizes of a MusicGen and settings of its training.
@@ -45,6 +46,10 @@ class MusicGenPreset(TransformerConfig):
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
+
+    def scaled(self, scale: float) -> "MusicGenPreset":
+        """Copy the preset and multiply the number of training steps by `scale`; the result is at least 10 steps."""
+        return replace(self, run=self.run.scaled(scale))
 
 
 # For one or two CPU cores: 10 to 40 minutes.

@@ -5,6 +5,8 @@ from typing import Any
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.lm.task import StageObjective
+from audiolm_pytorch.nn.module_state import check_positive, check_shares
+from audiolm_pytorch.training.task import LoopSettings
 
 __all__ = [
     "PRESETS",
@@ -24,6 +26,7 @@ _MIN_STEPS = 10
 _MAX_SCALE = 1e6
 
 
+@typed
 @dataclass(frozen=True)
 class RunConfig:
     """Training settings of one model, where `seconds` is the crop length and `learning_rate` the peak learning rate.
@@ -40,7 +43,12 @@ class RunConfig:
     precision: str = "bf16"
     checkpoint_every_steps: int | None = None
 
-    @typed
+    def __post_init__(self) -> None:
+        """Check the ranges of all fields."""
+        LoopSettings(**{name: value for name, value in vars(self).items() if name != "seconds"})
+        if self.seconds <= 0:
+            raise ValueError(f"seconds is {self.seconds}; it must be above 0")
+
     def scaled(self, scale: float) -> "RunConfig":
         """Copy the settings and multiply the number of training steps by `scale`; the result is at least 10 steps."""
         if not 0 < scale <= _MAX_SCALE:
@@ -53,6 +61,7 @@ class RunConfig:
         return replace(self, num_train_steps=steps, warmup_steps=min(self.warmup_steps, max(1, steps // 10)))
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
     """Sizes and training settings of a `SpectralSoundStream` codec."""
@@ -68,6 +77,7 @@ class CodecConfig:
     run: RunConfig
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """Sizes and training settings of a transformer."""
@@ -77,12 +87,20 @@ class TransformerConfig:
     heads: int
     run: RunConfig
 
+    def __post_init__(self) -> None:
+        """Check the sizes, and the probabilities of subclasses."""
+        check_shares(**{name: value for name, value in vars(self).items() if name.endswith(("_prob", "dropout"))})
+        check_positive(dim=self.dim, depth=self.depth, heads=self.heads)
+        if self.dim % self.heads:
+            raise ValueError(f"dim must be a multiple of heads, got dim={self.dim} and heads={self.heads}")
+
     @property
     def sizes(self) -> dict[str, Any]:
         """Sizes of the transformer as keyword arguments of its constructor."""
         return {"dim": self.dim, "depth": self.depth, "heads": self.heads, "dim_head": self.dim // self.heads}
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class SemanticConfig(TransformerConfig):
     """Settings of a BEST-RQ encoder, and of the k-means clustering of the outputs of layer number `layer`."""
@@ -93,6 +111,7 @@ class SemanticConfig(TransformerConfig):
     token_hz: int = 25
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class MuLaNConfig(TransformerConfig):
     """Settings of a MuLaN with two towers of equal size. The FFT length `n_fft` is in samples at 16 kHz.
@@ -110,6 +129,7 @@ class MuLaNConfig(TransformerConfig):
     chunk_size: int | None = None
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class MelodyConfig(TransformerConfig):
     """Settings of a melody embedder, and of training the semantic and the coarse stage on with melodies.
@@ -130,6 +150,7 @@ class MelodyConfig(TransformerConfig):
     stage_run: RunConfig
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
     """Sizes of the quantizer of MuLaN embeddings; the MusicLM paper uses 12 levels of 1024 codes for a huge corpus."""
@@ -138,6 +159,7 @@ class QuantizerConfig:
     codebook_size: int
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(TransformerConfig):
     """Settings of the language model of one stage, with probabilities for training and defaults for generation.
@@ -165,6 +187,7 @@ _MELODY = MelodyConfig(
 )  # fmt: skip
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class Preset:
     """All settings of a MusicLM. The coarse stage predicts the first `num_coarse_quantizers` levels of the codec."""
@@ -180,7 +203,6 @@ class Preset:
     num_coarse_quantizers: int
     melody: MelodyConfig = _MELODY
 
-    @typed
     def scaled(self, scale: float) -> "Preset":
         """Copy the preset and multiply every number of training steps by `scale`; each result is at least 10 steps."""
         parts = {}

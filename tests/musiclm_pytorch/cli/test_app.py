@@ -137,6 +137,26 @@ def test_scaled_training(musiclm_command, micro_data, tmp_path, capsys):
     assert "num_train_steps: found 10, expected 12" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_settings_of_options_and_files(musiclm_command, micro_data, tmp_path, capsys):
+    """Options override --config, which overrides the scaled preset; a folder belongs to its settings."""
+    (tmp_path / "some.yaml").write_text("codec: {dim: 40, run: {batch_size: 3, num_train_steps: 11}}\n")
+    words = ("train", "codec", "--preset", "micro", "--data", micro_data, "--out", tmp_path / "run", "--scale", "2")
+    words += ("--config", tmp_path / "some.yaml", "--codec.run.batch-size", "2")
+    assert musiclm_command(*words, "--print-config") == 0
+    (tmp_path / "all.yaml").write_text(capsys.readouterr().out)
+    assert musiclm_command(*words) == 0
+    preset = json.loads((tmp_path / "run" / "run.json").read_text())["preset"]
+    assert preset["codec"]["dim"] == 40 and preset["semantic"]["run"]["num_train_steps"] == 24
+    assert (preset["codec"]["run"]["batch_size"], preset["codec"]["run"]["num_train_steps"]) == (2, 11)
+    capsys.readouterr()
+    again = ("train", "codec", "--config", tmp_path / "all.yaml", *words[2:8])
+    assert musiclm_command(*again) == 0
+    assert "done before" in capsys.readouterr().out
+    assert musiclm_command(*words, "--codec.run.batch-size=4") == 2
+    assert "preset.codec.run.batch_size: found 2, expected 4" in capsys.readouterr().err
+
+
 def test_steps_are_announced_on_a_terminal_only(monkeypatch, capsys):
     """The name of a step that starts is printed on a terminal, but not into a log file."""
     train_command._announce("codec")
@@ -267,6 +287,11 @@ no captions, all | train all --data BARE --out TMP/out | BARE has no captions.*p
 no captions, dry | train mulan --data BARE --out TMP/out --dry-run | BARE has no captions
 unknown preset | train all --preset tinny --data DATA --out TMP/out | 'tinny'; choose one of: tiny, small
 unknown stage | train codek --data DATA --out TMP/out | 'codek'; pass all or one of: codec
+misspelt setting | train all --semantic.run.learning-rat 1 --data DATA --out TMP/out | use semantic.run.learning_rate
+setting of no number | train all --semantic.dim=x --data DATA --out TMP/out | semantic.dim: .*must be int, got 'x'
+setting without value | train all --data DATA --out TMP/out --semantic.dim | --semantic.dim needs a value
+misspelt option | train all --dryrun --data DATA --out TMP/out | no setting dryrun; use dry_run
+no config | train all --config TMP/none.yaml --data DATA --out TMP/out | cannot read TMP/none.yaml
 scale | train all --scale nan --data DATA --out TMP/out | scale must be a number, got NaN
 negative seed | train all --seed -1 --data DATA --out TMP/out | seed must not be negative, got -1
 no codec | train all --data DATA --out TMP/out --codec tinny | tinny.*bundled model: codec_16khz

@@ -56,12 +56,12 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
     """
 unknown preset | train musicgen --data DATA --out TMP/out --preset huge | no preset 'huge'.*tiny, small
 missing data | train musicgen --data TMP/none --out TMP/out | TMP/none: no such folder or manifest
-zero batch | train musicgen --data DATA --out TMP/out --batch-size 0 | --batch-size must be at least 1
+zero batch | train musicgen --data DATA --out TMP/out --run.batch-size 0 | batch_size is 0; it must be 1 or more
 zero rank | train musicgen --data DATA --out TMP/out --from X --lora-rank 0 | --lora-rank must be at least 1
 rank without a model | train musicgen --data DATA --out TMP/out --lora-rank 2 | --lora-rank needs --from
-no probability | train musicgen --data DATA --out TMP/out --mix nan | --mix must be a probability in 0..1
-zero rate | train musicgen --data DATA --out TMP/out --learning-rate 0 | --learning-rate must be above 0
-zero seconds | train musicgen --data DATA --out TMP/out --seconds 0 | --seconds must be above 0
+no probability | train musicgen --data DATA --out TMP/out --mix-prob NaN | mix_prob must be a number, got NaN
+zero rate | train musicgen --data DATA --out TMP/out --run.learning-rate 0 | learning_rate is 0; it must be above 0
+zero seconds | train musicgen --data DATA --out TMP/out --run.seconds 0 | seconds is 0; it must be above 0
 zero scale | train musicgen --data DATA --out TMP/out --scale 0 | scale must be positive
 codec of a model | train musicgen --data DATA --out TMP/out --from X --codec Y | --codec is for a new model
 unknown model | train musicgen --data DATA --out TMP/out --from X | there is no folder X
@@ -102,7 +102,7 @@ def test_fine_tuning(train, tmp_path: Path, capsys) -> None:
     assert train("full", "--from", tmp_path / "base", codec=False) == 0
     changed = {name for name, value in weights(tmp_path / "full").items() if not torch.equal(value, base[name])}
     assert {"embedding.weight", "heads.0.weight", "tower.embedding.weight"} <= changed
-    assert train("lora", "--from", tmp_path / "base", "--lora-rank", 2, "--mix", 0.5, codec=False) == 0
+    assert train("lora", "--from", tmp_path / "base", "--lora-rank", 2, "--mix-prob", 0.5, codec=False) == 0
     lora = weights(tmp_path / "lora")
     changed = {name for name, value in lora.items() if not torch.equal(value, base[name])}
     assert "heads.0.weight" in changed
@@ -133,5 +133,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     MUSICGEN_PRESETS["micro"] = EXACT
     data, codec, run = sys.argv[1:]
-    words = ["--preset", "micro", "--data", data, "--codec", codec, "--out", run, "--batch-size", "2"]
+    words = ["--preset", "micro", "--data", data, "--codec", codec, "--out", run, "--run.batch-size", "2"]
     sys.exit(main(["train", "musicgen", *words]))

@@ -1,0 +1,70 @@
+"""Options of trainings with a preset: the preset, a file of settings, and every setting as an option."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from musiclm_pytorch.cli.checks import ModelOptions
+
+__all__ = ["PresetOptions", "print_settings", "split_settings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetOptions(ModelOptions):
+    """Options of trainings with a preset, any setting of which is an option too, see `split_settings`."""
+
+    preset: str = "tiny"
+    """Sizes and training settings, see above."""
+    config: Path | None = None
+    """YAML file with settings that differ from those of the preset."""
+    print_config: bool = False
+    """Print all settings as YAML, which --config accepts, and end."""
+    scale: float = 1.0
+    """Factor for all step counts of the preset."""
+    settings: Annotated[dict[str, str], tyro.conf.Suppress, tyro.conf.Fixed] = field(default_factory=dict)
+
+    @staticmethod
+    def presets() -> dict[str, Any]:
+        """Return the presets by name."""
+        raise NotImplementedError
+
+    def resolved(self, preset: Any) -> Any:
+        """Return a preset with the values of `scale`, of the file `config` and of the options, in this order."""
+        from musiclm_pytorch.pipeline.settings import read_settings, with_settings
+
+        file = {} if self.config is None else read_settings(self.config)
+        return with_settings(with_settings(preset.scaled(self.scale), file), self.settings)
+
+
+def print_settings(preset: Any) -> None:
+    """Print all settings of a preset as YAML."""
+    import yaml
+
+    print(yaml.safe_dump(asdict(preset), sort_keys=False), end="")
+
+
+def split_settings(command: type[PresetOptions], words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Separate the words of a command from those that are settings of its preset, and return both.
+
+    `--semantic.run.learning-rate 1e-4` is the setting "semantic.run.learning_rate" with the value "1e-4".
+    """
+    options = [field.name for field in fields(command) if field.name != "settings"]
+    own = {"help", "from", *options, *(f"no_{name}" for name in options)}
+    kept, settings, left = [], {}, iter(words)
+    for word in left:
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--") or name in own:
+            kept.append(word)
+            continue
+        from musiclm_pytorch.pipeline.settings import check_setting, setting_paths
+
+        paths = {path for preset in command.presets().values() for path in setting_paths(preset)}
+        check_setting(name, [*sorted(paths), *options])
+        settings[name] = value if equals else next(left, "--")
+        if settings[name].startswith("--"):
+            raise ValueError(f"{word} needs a value; write it after the option")
+    return kept, settings
