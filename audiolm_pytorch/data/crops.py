@@ -1,5 +1,6 @@
 """Random crops of audio files; a crop covers the same time at every sample rate that training needs."""
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,9 +71,11 @@ class CropDataset:
         self.seed, self.channels = seed, channels
         self._decode_hz = max(rates_hz)
         self._lengths = [-(-item.num_samples * self._decode_hz // item.sample_hz) for item in items]
-        bytes_up_to = np.cumsum(self._lengths) * channels * np.dtype(np.int16).itemsize
-        self._num_cached = int(np.searchsorted(bytes_up_to, cache_bytes, side="right"))
-        self._cache: dict[int, tuple[np.ndarray, float]] = {}
+        self._ends = np.cumsum(self._lengths) * channels  # of the files in the cache
+        num_cached = int(np.searchsorted(self._ends * np.dtype(np.int16).itemsize, cache_bytes, side="right"))
+        self._num_cached = num_cached
+        self._cache = _shared_zeros(int(self._ends[num_cached - 1]) if num_cached else 0, np.int16)
+        self._scales = _shared_zeros(num_cached, np.float64)  # 0 for files that are not decoded yet
 
     def __len__(self) -> int:
         """Number of files."""
@@ -121,16 +124,26 @@ class CropDataset:
         if index >= self._num_cached:
             span = dict(start_seconds=start / hz, duration_seconds=(stop - start) / hz)
             return self._shaped(item.read(hz, self.channels, **span))
-        if index not in self._cache:
-            wave = self._shaped(item.read(hz, self.channels)).numpy()
+        end = int(self._ends[index])
+        samples = self._cache[end - self.channels * self._lengths[index] : end].reshape(self.channels, -1)
+        if not self._scales[index]:
+            wave = item.read(hz, self.channels).numpy()
             # exact for 16-bit files at their own rate, without clipping of others
             scale = max(float(np.abs(wave).max(initial=0.0)) / (_FULL_SCALE - 1), 1 / _FULL_SCALE)
-            self._cache[index] = np.round(wave / scale).astype(np.int16), scale
-        samples, scale = self._cache[index]
-        return torch.from_numpy(samples[..., start:stop] * np.float32(scale))
+            samples[:] = np.round(wave / scale).astype(np.int16)
+            self._scales[index] = scale  # last, since other processes use the samples from here on
+        return self._shaped(torch.from_numpy(samples[:, start:stop] * np.float32(self._scales[index])))
 
     def _shaped(self, wave: Tensor) -> Tensor:
         return wave[0] if self.channels == 1 else wave
+
+
+def _shared_zeros(count: int, dtype: type) -> np.ndarray:
+    """Return zeros that forked processes share, so that the workers of a training fill one cache.
+
+    The system assigns memory to the zeros when they are overwritten.
+    """
+    return np.frombuffer(mmap.mmap(-1, max(1, count) * np.dtype(dtype).itemsize), dtype=dtype)[:count]
 
 
 def check_crop_seconds(seconds: float | None, token_seconds: float) -> None:

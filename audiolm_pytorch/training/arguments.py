@@ -45,6 +45,7 @@ _FORMER_NAMES = {
     **dict.fromkeys(("save_every", "save_steps"), "checkpoint_every_steps"),
     **dict.fromkeys(("eval_every", "eval_steps", "val_every"), "validate_every"),
     **dict.fromkeys(("logging_steps", "log_steps"), "log_every"),
+    **dict.fromkeys(("workers", "dataloader_num_workers"), "num_workers"),
     **dict.fromkeys(("scheduler", "lr_scheduler", "scheduler_kwargs", "discr_scheduler"), "schedule"),
     **dict.fromkeys(("dataset", "ds", "data", "train_dataset", "train_dataloader"), f"folder or items={_SPLIT}"),
     **dict.fromkeys(("valid_dataset", "val_dataset", "val_dataloader"), f"items={_SPLIT}"),

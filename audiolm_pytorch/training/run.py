@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from audiolm_pytorch.saving.weights import load_weights, weights_of
 from audiolm_pytorch.training.checkpoint import Checkpoint, CheckpointFolder
 from audiolm_pytorch.training.distributed import PersistentBuffers, broadcast_tensors, merge_means, to_device
 from audiolm_pytorch.training.ema import WeightEMA
+from audiolm_pytorch.training.loading import loaded_batches
 from audiolm_pytorch.training.loss_curve import write_loss_curve
 from audiolm_pytorch.training.optimizer import PhaseOptimizer
 from audiolm_pytorch.training.rng import seed_rng
@@ -142,12 +143,15 @@ class TrainingRun:
         written_at = time.monotonic()
         self.task.module.train()
         is_main = self.accelerator.is_main_process
+        numbers = range(progress.step * settings.grad_accum_every, end * settings.grad_accum_every)
+        pin_memory = settings.num_workers > 0 and self.accelerator.device.type == "cuda"
         with (
             stop_signals() as request,
             progress_bar(self.task.name, progress.step, settings.num_train_steps, is_main) as bar,
+            loaded_batches(self.task.batch, self.plan, numbers, settings.num_workers, pin_memory) as batches,
         ):
             while progress.step < end:
-                self._step()
+                self._step(batches)
                 progress.seconds = time.monotonic() - started
                 bar.update()
                 if self._is_due(settings.log_every) or progress.step == 1:
@@ -179,18 +183,16 @@ class TrainingRun:
             step = f"after step {self.progress.step} of {self.settings.num_train_steps} of the {self.task.name}"
             end_by_signal(number, f"{step}; a checkpoint is in {self.checkpoints.path}")
 
-    def _step(self) -> None:
+    def _step(self, loaded: Iterator[Any]) -> None:
         """Run one step of every phase that has begun; all phases use the same batches."""
         settings, step = self.settings, self.progress.step
+        batches = [to_device(next(loaded), self.accelerator.device) for _ in range(settings.grad_accum_every)]
         seed_rng(settings.seed, step, self.accelerator.process_index, device=self.accelerator.device)
-        micro_steps = range(step * settings.grad_accum_every, (step + 1) * settings.grad_accum_every)
-        indices = [self.plan.indices(micro_step) for micro_step in micro_steps]
-        batches = [to_device(self.task.batch(pairs), self.accelerator.device) for pairs in indices]
         for optimizer in self._begun(step):
             metrics = optimizer.step(batches, step)
             for batch_metrics in metrics or []:
                 self.window.add(optimizer.phase.name, batch_metrics)
-            self._count_skip(optimizer.phase.name, metrics is None, indices)
+            self._count_skip(optimizer.phase.name, metrics is None)
         self.progress.step = step + 1
         if self.ema is not None:
             self.ema.update(step + 1)
@@ -198,15 +200,17 @@ class TrainingRun:
     def _begun(self, step: int) -> list[PhaseOptimizer]:
         return [optimizer for optimizer in self.optimizers if step >= optimizer.phase.first_step]
 
-    def _count_skip(self, phase: str, skipped: bool, indices: list[list[tuple[int, int]]]) -> None:
+    def _count_skip(self, phase: str, skipped: bool) -> None:
         """Count a step skipped because of NaN or infinity; raise a RuntimeError after 10 skipped steps in a row."""
         if not skipped:
             self.progress.skips_in_a_row[phase] = 0
             return
         self.progress.skipped += 1
         in_a_row = self.progress.skips_in_a_row[phase] = self.progress.skips_in_a_row.get(phase, 0) + 1
+        step, num_batches = self.progress.step, self.settings.grad_accum_every
+        indices = [self.plan.indices(number) for number in range(step * num_batches, (step + 1) * num_batches)]
         reason = (
-            f"loss or gradients of phase {phase!r} are not finite at step {self.progress.step}, "
+            f"loss or gradients of phase {phase!r} are not finite at step {step}, "
             f"(epoch, index) of the batches: {indices}"
         )
         if in_a_row >= _MAX_SKIPS_IN_A_ROW:

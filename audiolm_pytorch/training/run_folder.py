@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any
+from typing import IO, Any
 
 from audiolm_pytorch.saving.files import differences, read_json
 from audiolm_pytorch.saving.ownership import LOCK_FILE, check_folder_owner, is_leftover
@@ -20,6 +20,17 @@ RUN_KIND = "a run of this kind"
 _MAX_SHOWN = 3
 
 logger = logger_named(__name__)
+
+_LOCKS: set[IO[str]] = set()  # open files whose locks this process holds
+
+
+def _close_locks() -> None:
+    while _LOCKS:
+        _LOCKS.pop().close()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 @contextmanager
@@ -38,7 +49,7 @@ def claimed_folder(folder: Path, markers: Mapping[str, Sequence[str]]) -> Iterat
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder. The system releases a lock when its process ends."""
+    """Hold the lock of a folder. The system releases a lock when its process ends; forked workers do not keep it."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -53,7 +64,11 @@ def _locked(folder: Path) -> Iterator[None]:
             ) from error
         except OSError as error:  # a file system without locks
             logger.warning("%s cannot be locked (%s); start only one training in this folder", folder, error)
-        yield
+        _LOCKS.add(file)
+        try:
+            yield
+        finally:
+            _LOCKS.discard(file)
 
 
 def _remove_partial_files(folder: Path) -> None:

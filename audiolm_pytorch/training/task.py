@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
+from multiprocessing import get_all_start_methods
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -16,8 +17,15 @@ from audiolm_pytorch.training.arguments import trainer_arguments
 
 __all__ = ["LoopSettings", "LossOutput", "Phase", "Task"]
 
-# These settings decide when files are written, and have no influence on the weights.
-_FREE_TO_CHANGE = ("checkpoint_every_seconds", "checkpoint_every_steps", "validate_every", "log_every", "allow_changed")
+# These settings decide how batches are loaded and when files are written, and have no influence on the weights.
+_FREE_TO_CHANGE = (
+    "num_workers",
+    "checkpoint_every_seconds",
+    "checkpoint_every_steps",
+    "validate_every",
+    "log_every",
+    "allow_changed",
+)
 
 # Settings that have no effect beside an optimizer or a schedule.
 _REPLACED = {
@@ -54,6 +62,9 @@ class LoopSettings:
         precision: "fp32", or "bf16" to compute the loss under bfloat16 autocast.
         ema_decay: Decay of the EMA of the weights; None disables the EMA.
         seed: Seed of the data order and of all random numbers in training.
+        num_workers: Worker processes that load batches ahead of the training, for each training process; 0 loads every
+            batch when it is needed. The result does not depend on `num_workers`. Workers save time if decoding is slow
+            (compressed files, resampling) and the machine has free CPU cores; token shards rarely need them.
         checkpoint_every_steps: Steps between additional checkpoints; None writes checkpoints by time only.
         allow_changed: Names of settings that may differ from those of the interrupted or finished run to continue, e.g.
             `("batch_size", "num_train_steps")`. By default every difference is an error. A changed optimizer starts
@@ -75,6 +86,7 @@ class LoopSettings:
     precision: Literal["fp32", "bf16"] = "fp32"
     ema_decay: float | None = None
     seed: int = 0
+    num_workers: int = 0
     checkpoint_every_seconds: float = 120.0
     checkpoint_every_steps: int | None = None
     validate_every: int = 500
@@ -88,8 +100,10 @@ class LoopSettings:
               self.checkpoint_every_steps, "1 or more, or None")  # fmt: skip
         for name in ("learning_rate", "max_grad_norm", "checkpoint_every_seconds"):
             _need(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("warmup_steps", "weight_decay", "seed"):
+        for name in ("warmup_steps", "weight_decay", "seed", "num_workers"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _need(self.num_workers == 0 or "fork" in get_all_start_methods(), "num_workers", self.num_workers,
+              "0 on this system, which cannot fork processes")  # fmt: skip
         _need(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", self.final_lr_fraction, "from 0 to 1")
         _need(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers from 0 to below 1")
         _need(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "between 0 and 1, or None")
@@ -188,7 +202,8 @@ class Task(Protocol):
     def batch(self, indices: list[tuple[int, int]]) -> Any:
         """Build a batch from (epoch, item index) pairs; only the pairs and the random generators may affect the batch.
 
-        A batch contains tensors on the CPU in nested dataclasses, dicts, lists and tuples.
+        A batch contains tensors on the CPU in nested dataclasses, dicts, lists and tuples. With `num_workers`, a forked
+        process calls this method, which must not use a GPU then; changes of the task are lost.
         """
 
     def validate(self) -> dict[str, float]:

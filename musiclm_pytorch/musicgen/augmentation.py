@@ -81,7 +81,9 @@ class Mixing:
             snr_db, start_share = rng.uniform(*self.snr_db), rng.uniform(0, 1 - self.min_overlap)
             if rng.random() >= self.probability or partner == item:
                 continue
-            levels = [float(_clip(crops.waves[hz], crops.lengths[hz], index).std()) for index in (item, partner)]
+            # with numpy, whose sum does not depend on the number of threads
+            clips = [_clip(crops.waves[hz], crops.lengths[hz], index).numpy() for index in (item, partner)]
+            levels = [float(np.std(clip, dtype=np.float64)) for clip in clips]
             if min(levels) == 0:
                 continue
             gain = levels[0] / levels[1] * 10 ** (-snr_db / 20)

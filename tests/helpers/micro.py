@@ -126,11 +126,11 @@ def _kill_inside(stage: str) -> None:
     steps = TrainingRun._step
     step = PhaseOptimizer.step
 
-    def step_or_die(self: TrainingRun) -> None:
+    def step_or_die(self: TrainingRun, loaded: Any) -> None:
         """Kill after the eighth update of the weights; a checkpoint has the first six."""
         if self.folder.name == stage and self.progress.step == 7:
             PhaseOptimizer.step = lambda *arguments: (step(*arguments), killed())
-        steps(self)
+        steps(self, loaded)
 
     TrainingRun._step = step_or_die
 

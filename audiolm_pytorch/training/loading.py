@@ -1,0 +1,113 @@
+"""Loading of training batches, in the training process or ahead of it in worker processes."""
+
+import os
+import pickle
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from audiolm_pytorch.data.batches import BatchPlan
+from audiolm_pytorch.training.distributed import map_tensors
+from audiolm_pytorch.training.rng import seed_rng
+
+__all__ = ["loaded_batches"]
+
+LoadBatch = Callable[[list[tuple[int, int]]], Any]
+
+
+@contextmanager
+def loaded_batches(
+    load: LoadBatch, plan: BatchPlan, numbers: Sequence[int], num_workers: int, pin_memory: bool = False
+) -> Iterator[Iterator[Any]]:
+    """Load the batches of `plan` with these numbers in order, as an iterator that a `with` block can use.
+
+    Every batch is loaded with random generators of its own seed, so that the number of workers has no influence on the
+    batches. Worker processes load at most two batches each ahead of the iterator, and end with the block. An error of a
+    worker is raised again when the iterator reaches its batch.
+
+    Args:
+        load: Function that returns the batch of (epoch, item index) pairs, with tensors on the CPU.
+        num_workers: Number of worker processes, which are forked, as `load` and data sets of users need no pickling
+            then; 0 loads a batch when it is needed.
+        pin_memory: Copy the tensors to page-locked memory, from which a copy to a GPU does not block.
+    """
+    if num_workers:
+        # the tokenizers package warns about a fork after parallel calls, unless this variable is set
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    loader: DataLoader[Any] = DataLoader(
+        _Batches(load, plan),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals,
+        multiprocessing_context="fork" if num_workers else None,
+    )
+    iterator = iter(loader)
+    try:
+        yield map(_batch_or_error, iterator)
+    finally:
+        if num_workers:
+            # an exception keeps references to the iterator, which would keep the workers alive
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+@dataclass
+class _Loaded:
+    """Batch, or the error that the worker has raised with its traceback as text."""
+
+    batch: Any = None
+    error: Exception | None = None
+    place: str = ""
+
+    def pin_memory(self) -> "_Loaded":
+        """Copy all tensors to page-locked memory; the DataLoader calls this method."""
+        return _Loaded(map_tensors(self.batch, torch.Tensor.pin_memory), self.error, self.place)
+
+
+class _Batches(Dataset[_Loaded]):
+    """Batches of a plan by number."""
+
+    def __init__(self, load: LoadBatch, plan: BatchPlan) -> None:
+        self.load, self.plan = load, plan
+
+    def __getitem__(self, number: int) -> _Loaded:
+        seed_rng(self.plan.seed, "batch", number, self.plan.rank, device=torch.device("cpu"))
+        try:
+            return _Loaded(self.load(self.plan.indices(number)))
+        except Exception as error:  # of any kind: data sets are code of the user
+            if get_worker_info() is None:
+                raise
+            return _Loaded(error=_picklable(error), place=traceback.format_exc())
+
+
+def _batch_or_error(loaded: _Loaded) -> Any:
+    """Return the batch, or raise the error of the worker as if it had been raised in this process."""
+    if loaded.error is not None:
+        raise loaded.error from RuntimeError(f"in a worker process:\n{loaded.place}")
+    return loaded.batch
+
+
+def _picklable(error: Exception) -> Exception:
+    """Return the error, or a RuntimeError with its message if it cannot be sent to another process."""
+    try:
+        return error if str(pickle.loads(pickle.dumps(error))) == str(error) else RuntimeError(str(error))
+    except Exception:  # of any kind: classes of errors are code of the user
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _unchanged(loaded: _Loaded) -> _Loaded:
+    return loaded
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave SIGTERM and Ctrl-C, which all processes of a group receive, to the training process."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
