@@ -103,7 +103,7 @@ def _picklable(error: Exception) -> Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def _unchanged(loaded: _Loaded) -> _Loaded:
+def _unchanged(loaded: Any) -> Any:
     return loaded
 
 
