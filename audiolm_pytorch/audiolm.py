@@ -41,7 +41,7 @@ from audiolm_pytorch.lm.compatibility import check_compatible, check_stages_comp
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.saving.construction import preserve_rng
-from audiolm_pytorch.saving.model_folder import load_parts, read_card, write_model_folder
+from audiolm_pytorch.saving.model_folder import read_model_folder, write_model_folder
 from audiolm_pytorch.saving.sharing import SharedModel
 from audiolm_pytorch.saving.text import joined_lines
 from audiolm_pytorch.semantic.base import SemanticTokenizer
@@ -122,11 +122,7 @@ class AudioLM(SharedModel):
     @classmethod
     @preserve_rng()
     def _read(cls, folder: Path, source: str | Path, hub: Mapping[str, Any]) -> "AudioLM":
-        card = read_card(folder / _CARD)
-        names = card.get("parts")
-        if not isinstance(names, list) or not {*map(str, names)} <= _PARTS.keys():
-            raise ValueError(f"parts in {folder / _CARD} must be a list of {', '.join(_PARTS)}, got {names!r:.200}")
-        parts = load_parts(folder, {name: folder / name for name in names}, _PARTS)
+        card, parts = read_model_folder(folder / _CARD, _PARTS)
         try:
             return cls(**parts, sampling=card.get("sampling"))
         except (TypeError, ValueError, OverflowError) as error:

@@ -43,7 +43,7 @@ ROOMS = {
         "generation": "mulan quantizer",
         "musiclm": "generation melody pretrained quantizer",
         "musicgen": "evaluation mulan",
-        "pretrained": "melody mulan musiclm quantizer",
+        "pretrained": "melody mulan musicgen musiclm quantizer",
         "pipeline": "melody mulan musicgen musiclm pretrained quantizer",
         "cli": "evaluation generation mulan musicgen musiclm pipeline pretrained quantizer",
         "recipes": "cli evaluation generation melody mulan musicgen musiclm pipeline pretrained quantizer",

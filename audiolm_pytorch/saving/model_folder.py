@@ -3,9 +3,12 @@
 MODEL/<card>                    format version, names of the parts, and settings of the model
 MODEL/<part>/config.json        constructor arguments of a part
 MODEL/<part>/model.safetensors  weights of a part
+
+The optional entry "bundled_parts" of a card, e.g. {"codec": "codec_16khz"}, lists parts that are not in the model
+folder, but in the folder bundled/<name> of the package.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,9 +21,10 @@ from audiolm_pytorch.saving.files import read_versioned, temporary_folder, write
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.modules import MODULE_MARKS, load_module, save_module
 from audiolm_pytorch.saving.ownership import check_overwrite
+from audiolm_pytorch.saving.sources import bundled_models
 from audiolm_pytorch.saving.weights import weights_of
 
-__all__ = ["CARD_MARKS", "PART_FILES", "exact_dtype", "load_parts", "read_card", "write_model_folder"]
+__all__ = ["CARD_MARKS", "PART_FILES", "exact_dtype", "read_card", "read_model_folder", "write_model_folder"]
 
 _FORMAT_VERSION = 1
 CARD_MARKS = ("format_version", "parts")
@@ -35,15 +39,22 @@ def write_model_folder(
     settings: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     exact: Mapping[str, Sequence[str]] | None = None,
+    bundled: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write a model folder and return its files; an existing model is replaced only after all files are written.
 
     Other files in the folder do not change; a ValueError is raised if a file that would be replaced is not of a saved
     model or module. `settings` are further entries of the card. Weights are stored as `dtype`
     (None keeps their types), except in a part in `exact` that would be rounded. `exact` names submodules of a part that
-    may be rounded.
+    may be rounded. The parts in `bundled` are not written, since they equal the bundled modules with these names.
     """
     folder = Path(folder)
+    entries = {"parts": list(parts), **({"bundled_parts": dict(bundled)} if bundled else {})}
+    places = _part_folders(entries, folder / card)
+    for part, name in (bundled or {}).items():
+        if part_fingerprint(load_module(places[part])) != part_fingerprint(parts[part]):
+            raise ValueError(f"the {part} is not the bundled module {name}: their fingerprints differ; store the part")
+    parts = {part: module for part, module in parts.items() if part not in (bundled or {})}
     check_overwrite(folder / card, CARD_MARKS)
     for part in parts:
         check_overwrite(folder / part / _CONFIG, MODULE_MARKS, [folder / part / _WEIGHTS])
@@ -55,7 +66,7 @@ def write_model_folder(
             rounded = (exact or {}).get(part)
             stored = dtype if dtype is None or rounded is None else exact_dtype(module, dtype, but=rounded)
             save_module(module, new / part, dtype=stored)
-        content = {"format_version": _FORMAT_VERSION, "parts": list(parts), **settings}
+        content = {"format_version": _FORMAT_VERSION, **entries, **settings}
         write_json(new / card, content, sealed=True)
         for place in (folder, old):
             for part in parts:
@@ -89,28 +100,49 @@ def read_card(path: str | Path) -> dict[str, Any]:
 
 
 @typed
-def load_parts(
-    folder: Path, folders: Mapping[str, Path], kinds: Mapping[str, Any], fingerprinted: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Load the parts of a model from the folders `folders` by name; check that each part has its class in `kinds`.
+def read_model_folder(
+    file: Path, kinds: Mapping[str, Any], *, required: Collection[str] = (), fingerprinted: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the card `file` of a model folder, and the parts of the model, with their classes in `kinds`.
 
-    `folder` is the model folder for error messages. For the parts `fingerprinted`, fingerprints are computed too, while
-    other parts are loaded.
+    For the parts `fingerprinted`, fingerprints are computed too, while other parts are loaded.
     """
+    card = read_card(file)
+    names = card.get("parts")
+    if not isinstance(names, list) or not {*required} <= {*map(str, names)} <= kinds.keys():
+        raise ValueError(f"parts in {file} must be a list of {', '.join(kinds)}, got {names!r:.200}")
+    places = _part_folders(card, file)
     missing = [
-        f"{name}/{file}" for name, place in folders.items() for file in PART_FILES if not (place / file).is_file()
+        f"{name}/{leaf}" for name, place in places.items() for leaf in PART_FILES if not (place / leaf).is_file()
     ]
     if missing:
-        raise ValueError(f"the model in {folder} lacks {', '.join(missing)}; copy the whole folder again")
+        raise ValueError(f"the model in {file.parent} lacks {', '.join(missing)}; copy the whole folder again")
 
     def load(name: str) -> nn.Module:
-        module = load_module(folders[name], expect=kinds[name])
+        module = load_module(places[name], expect=kinds[name])
         if name in fingerprinted:
             part_fingerprint(module)
         return module
 
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return dict(zip(folders, pool.map(load, folders)))
+        return card, dict(zip(places, pool.map(load, places)))
+
+
+def _part_folders(card: Mapping[str, Any], file: Path) -> dict[str, Path]:
+    """Return the folder of every part of a card, which is the content of `file`."""
+    parts, bundled = card["parts"], card.get("bundled_parts", {})
+    if not isinstance(bundled, dict) or not set(bundled) <= set(parts):
+        raise ValueError(
+            f"bundled_parts in {file} must be a dict with keys from {', '.join(parts)}, got {bundled!r:.200}"
+        )
+    available = {name: folder for name, folder in bundled_models().items() if (folder / _CONFIG).is_file()}
+    for name in bundled.values():
+        if name not in list(available):
+            raise ValueError(
+                f"{file} needs the bundled module {name!r:.100}, but this installation has "
+                f"{', '.join(available) or 'none'}; install the release that wrote the model, or export the model again"
+            )
+    return {part: available[bundled[part]] if part in bundled else file.parent / part for part in parts}
 
 
 @typed

@@ -11,14 +11,14 @@ from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import TextEncoder
 from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.hub import LoadedModel
-from audiolm_pytorch.saving.model_folder import load_parts, read_card, write_model_folder
+from audiolm_pytorch.saving.model_folder import read_model_folder, write_model_folder
 from audiolm_pytorch.saving.sources import find_folder, licence_of
 from musiclm_pytorch.musicgen.audiocraft_format import AUDIOCRAFT_FILES, read_audiocraft
 from musiclm_pytorch.musicgen.parts import MusicGenParts
 from musiclm_pytorch.musicgen.transformer import MusicGenTransformer
 from musiclm_pytorch.musicgen.transformers_format import MODEL_TYPES, read_transformers
 
-__all__ = ["CARD", "is_musicgen", "load_musicgen_parts", "read_own_parts", "write_own_parts"]
+__all__ = ["CARD", "find_musicgen", "is_musicgen", "load_musicgen_parts", "read_own_parts", "write_own_parts"]
 
 CARD = "musicgen.json"
 # Of the model, below the folder of a trainer or of `musiclm train musicgen`.
@@ -31,8 +31,7 @@ def load_musicgen_parts(
     source: str | Path, text_conditioner: TextEncoder | None, hub: Mapping[str, Any]
 ) -> MusicGenParts:
     """Load the parts of a model from a folder or the hub; `MusicGen.from_pretrained` documents the arguments."""
-    folder, commit = find_folder(source, needs=_MAIN_FILES, **hub)
-    folder = _model_folder(folder)
+    folder, commit = find_musicgen(source, **hub)
     if commit is not None and not (folder / CARD).is_file() and not _is_transformers(folder):
         folder, commit = find_folder(source, files=[*AUDIOCRAFT_FILES, "README.md"], **hub)
     licence = licence_of(folder, source) or LoadedModel.licence
@@ -51,10 +50,16 @@ def load_musicgen_parts(
     return loaded if text_conditioner is None else replace(loaded, text_conditioner=text_conditioner)
 
 
+def find_musicgen(source: str | Path, **options: Any) -> tuple[Path, str | None]:
+    """Return the local folder of a model, which can be in the folder of its training, and its commit on the hub."""
+    folder, commit = find_folder(source, needs=_MAIN_FILES, **options)
+    return next((folder / run for run in ("", *_RUN_FOLDERS) if (folder / run / CARD).is_file()), folder), commit
+
+
 def is_musicgen(source: str | Path, **hub: Any) -> bool:
     """Whether a folder or a hub id has a MusicGen; only JSON files are downloaded."""
-    folder, commit = find_folder(source, needs=_MAIN_FILES, files=["*.json"], **hub)
-    if (_model_folder(folder) / CARD).is_file() or _model_type(folder) in MODEL_TYPES:
+    folder, commit = find_musicgen(source, files=["*.json"], **hub)
+    if (folder / CARD).is_file() or _model_type(folder) in MODEL_TYPES:
         return True
     # Models on the hub with only the files of audiocraft have no JSON files.
     return (folder / AUDIOCRAFT_FILES[0]).is_file() or (commit is not None and not any(folder.rglob("*.json")))
@@ -62,25 +67,18 @@ def is_musicgen(source: str | Path, **hub: Any) -> bool:
 
 def read_own_parts(folder: Path) -> MusicGenParts:
     """Read the parts of a model in the format of this library."""
-    names = read_card(folder / CARD).get("parts")
-    if not isinstance(names, list) or not {"transformer", "codec"} <= {*map(str, names)} <= _PARTS.keys():
-        raise ValueError(f"parts in {folder / CARD} must be a list of {', '.join(_PARTS)}, got {names!r:.200}")
-    parts = load_parts(folder, {name: folder / name for name in names}, _PARTS)
+    _, parts = read_model_folder(folder / CARD, _PARTS, required=("transformer", "codec"))
     return MusicGenParts(parts["transformer"], parts["codec"], parts.get("text_conditioner"))
 
 
-def write_own_parts(folder: Path, parts: MusicGenParts, dtype: torch.dtype | None) -> None:
-    """Write the parts of a model in the format of this library."""
+def write_own_parts(
+    folder: Path, parts: MusicGenParts, dtype: torch.dtype | None, bundled: Mapping[str, str] | None = None
+) -> list[Path]:
+    """Write the parts of a model in the format of this library; see `write_model_folder`."""
     modules: Mapping[str, Any] = {name: getattr(parts, name) for name in _PARTS}
     exact = {"codec": (), "text_conditioner": ()}  # their fingerprints must not change
-    write_model_folder(
-        folder, CARD, {name: part for name, part in modules.items() if part is not None}, {}, dtype, exact
-    )
-
-
-def _model_folder(folder: Path) -> Path:
-    """Return the folder of the model in the folder of a training, or else `folder`."""
-    return next((folder / run for run in ("", *_RUN_FOLDERS) if (folder / run / CARD).is_file()), folder)
+    stored = {name: part for name, part in modules.items() if part is not None}
+    return write_model_folder(folder, CARD, stored, {}, dtype, exact, bundled)
 
 
 def _is_transformers(folder: Path) -> bool:

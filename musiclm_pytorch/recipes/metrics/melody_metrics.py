@@ -5,9 +5,10 @@ Run as `python -m musiclm_pytorch.recipes.metrics.melody_metrics --model DIR --d
 
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import tyro
@@ -28,17 +29,17 @@ from musiclm_pytorch.recipes.corpus.melodies import render_melodies
 from musiclm_pytorch.recipes.corpus.planning import SAMPLE_HZ
 from musiclm_pytorch.recipes.metrics.generation_metrics import other_clips
 
-if TYPE_CHECKING:
-    from musiclm_pytorch.musiclm import MusicLM
-
-__all__ = ["Settings", "main", "measure"]
+__all__ = ["Generate", "Settings", "main", "measure", "unseen_melodies"]
 
 logger = logger_named(__name__)
+
+# Returns one wave `[b, n]` per text, for texts and melodies `[b, n]`, or for texts alone.
+Generate = Callable[[list[str], Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings for generating the music on which a MusicLM is measured."""
+    """Settings for the melodies, and for the music that is generated with them."""
 
     count: int = 60
     """Number of melodies."""
@@ -49,20 +50,32 @@ class Settings:
     seconds: float = 5.0
     """Length of melodies and generations (seconds)."""
     num_samples: int = 1
-    """Candidates per text; MuLan ranks them by the text."""
+    """Candidates per text of a MusicLM; MuLan ranks them by the text."""
     seed: int = 0
-    """Seed of the first candidate."""
+    """Seed of the first candidate of a MusicLM, and of the first text of a MusicGen."""
     batch_size: int = 12
     """Texts per batch."""
 
 
+def unseen_melodies(settings: Settings) -> Tensor:
+    """Render melodies `[k, n]` at `SAMPLE_HZ`."""
+    options: dict[str, Any] = {"seed": settings.melody_seed, "seconds": settings.seconds}
+    clips = render_melodies(settings.count, soundfont=settings.soundfont, **options)
+    return torch.stack([torch.from_numpy(wave) for wave, _ in clips])
+
+
 @torch.no_grad()
 def measure(
-    model: "MusicLM", classifier: AttributeClassifier, melodies: Tensor, melody_hz: int, settings: Settings
+    generate: Generate,
+    sample_hz: int,
+    classifier: AttributeClassifier,
+    melodies: Tensor,
+    melody_hz: int,
+    batch_size: int = 12,
 ) -> list[MetricValue]:
     """Generate music with each of the melodies `[k, n]`, with another one, and without, and compare it with the melody.
 
-    The texts name an instrument, which the classifier must find.
+    `generate` returns waves at `sample_hz`. The texts name an instrument, which the classifier must find.
     """
     instruments = [name for name in classifier.classes["instrument"] if name in INSTRUMENTS]
     asked = [instruments[index % len(instruments)] for index in range(len(melodies))]
@@ -78,25 +91,15 @@ def measure(
     }
     for name, selected in choices.items():
         logger.info("generating %s", name)
-        waves = _generate(model, texts, selected, melody_hz, settings)
-        features = extract_waves(waves, model.sample_hz, [chroma.extractor, labels.extractor])
+        parts: list[Tensor] = []
+        for first in range(0, len(texts), batch_size):
+            rows = slice(first, first + batch_size)
+            parts += generate(texts[rows], None if selected is None else selected[rows]).float().cpu()
+        waves = torch.stack([peak_safe(wave) for wave in parts])
+        features = extract_waves(waves, sample_hz, [chroma.extractor, labels.extractor])
         clips = ClipSet(name, items, features, list(range(len(items))))
         values += [*chroma.measure(clips, real, None), *labels.measure(clips, None, None)]
     return values
-
-
-def _generate(
-    model: "MusicLM", texts: list[str], melodies: Tensor | None, melody_hz: int, settings: Settings
-) -> Tensor:
-    """Generate one wave `[b, n]` for each text."""
-    parts = []
-    for first in range(0, len(texts), settings.batch_size):
-        rows = slice(first, first + settings.batch_size)
-        request: dict[str, Any] = {"seconds": settings.seconds, "num_samples": settings.num_samples}
-        if melodies is not None:
-            request |= {"melody": melodies[rows], "melody_sample_hz": melody_hz}
-        parts.append(model(texts[rows], seed=settings.seed, **request).float().cpu())
-    return torch.stack([peak_safe(wave) for wave in torch.cat(parts)])
 
 
 def main(
@@ -122,10 +125,14 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     musiclm = MusicLM.from_pretrained(model, device=device)
     fitted = fitted_classifier(data / "train.jsonl", ("instrument",), classifier)
-    options: dict[str, Any] = {"seed": settings.melody_seed, "seconds": settings.seconds}
-    clips = render_melodies(settings.count, soundfont=settings.soundfont, **options)
-    melodies = torch.stack([torch.from_numpy(wave) for wave, _ in clips])
-    metrics = measure(musiclm, fitted, melodies, SAMPLE_HZ, settings)
+
+    def generate(texts: list[str], melodies: Tensor | None) -> Tensor:
+        melody = {} if melodies is None else {"melody": melodies, "melody_sample_hz": SAMPLE_HZ}
+        request: dict[str, Any] = {"seconds": settings.seconds, "num_samples": settings.num_samples, **melody}
+        return musiclm(texts, seed=settings.seed, **request)
+
+    melodies = unseen_melodies(settings)
+    metrics = measure(generate, musiclm.sample_hz, fitted, melodies, SAMPLE_HZ, settings.batch_size)
     table = comparison_table(metrics)
     write_report(
         out, metrics, {"model": model, "model_fingerprint": fingerprint_of(musiclm), **asdict(settings)}, table

@@ -5,6 +5,7 @@ Run as `python -m musiclm_pytorch.recipes.metrics.model_metrics --model DIR --da
 
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from audiolm_pytorch.saving.text import logger_named
 from musiclm_pytorch.evaluation.classifier import AttributeClassifier, fitted_classifier
 from musiclm_pytorch.evaluation.clips import load_clips
 from musiclm_pytorch.evaluation.joint_embedder import JointEmbedder
-from musiclm_pytorch.evaluation.metric import ClipSet, evaluate, extract, extract_waves
+from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, evaluate, extract, extract_waves
 from musiclm_pytorch.evaluation.metrics.adherence import AttributeFeatures, LabelAdherence
 from musiclm_pytorch.evaluation.music import comparison_table, music_metrics
 from musiclm_pytorch.evaluation.musicnn import MusicNNExtractor, bundled_musicnn
@@ -76,6 +77,15 @@ class CaptionedClips:
         """Captions of the held-out clips, one per clip."""
         return [item.caption or "" for item in self.valid]
 
+    def real(self, extractors: Sequence[Extractor], seconds: float) -> ClipSet:
+        """Return the held-out clips with their features."""
+        return ClipSet(f"{self.name}, real", self.valid, extract(self.valid, extractors, seconds))
+
+    def generated(self, name: str, waves: Tensor, sample_hz: int, extractors: Sequence[Extractor]) -> ClipSet:
+        """Return waves `[b, n]`, one per held-out clip, with their features."""
+        features = extract_waves(waves, sample_hz, extractors)
+        return ClipSet(f"{self.name}, {name}", self.valid, features, list(range(len(self.valid))))
+
 
 @torch.no_grad()
 def measure(
@@ -93,15 +103,10 @@ def measure(
     metrics = music_metrics(joint=[mulan], musicnn=musicnn, classifier=classifier)
     extractors = [metric.extractor for metric in metrics]
     users = [metric.extractor for metric in metrics if metric.uses_training]
-    real = ClipSet(f"{clips.name}, real", clips.valid, extract(clips.valid, extractors, settings.seconds))
+    real = clips.real(extractors, settings.seconds)
     training = ClipSet("training", clips.train, extract(clips.train, users, settings.seconds))
     sets = [
-        ClipSet(
-            f"{clips.name}, {name}",
-            clips.valid,
-            extract_waves(waves, model.sample_hz, extractors),
-            list(range(len(clips.valid))),
-        )
+        clips.generated(name, waves, model.sample_hz, extractors)
         for name, waves in _conditions(model, clips, settings).items()
     ]
     values, left_out = evaluate(metrics, sets, real, training)

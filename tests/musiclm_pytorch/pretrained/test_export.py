@@ -13,7 +13,6 @@ from audiolm_pytorch.saving.sources import bundled_models
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.semantic.pretrained import open_encoder
 from musiclm_pytorch.musiclm import MusicLM
-from musiclm_pytorch.pretrained import parts as model_parts
 from musiclm_pytorch.pretrained.export import export_musiclm
 from musiclm_pytorch.pretrained.parts import PARTS
 
@@ -220,7 +219,7 @@ def packaged(model, tmp_path, monkeypatch):
     exchange_copy = shutil.copytree(model / "codec", folder / "codec_another")
     exchange(exchange_copy.parent, exchange_copy.name)
     shutil.copytree(model, folder / "whole")
-    monkeypatch.setattr(model_parts, "bundled_models", lambda: {path.name: path for path in sorted(folder.iterdir())})
+    monkeypatch.setattr(folders, "bundled_models", lambda: {path.name: path for path in sorted(folder.iterdir())})
     return folder
 
 
@@ -230,10 +229,10 @@ SHARED = {"codec": "codec_micro", "semantic_tokenizer": "semantic_micro"}
 @pytest.mark.slow
 def test_parts_of_the_package_are_loaded(model, packaged, tmp_path):
     """A card may name parts that the package has: the model generates the same, and its export has all parts."""
-    shared = shutil.copytree(model, tmp_path / "shared")
-    for part in SHARED:
-        shutil.rmtree(shared / part)
-    change_card(shared, bundled_parts=SHARED)
+    shared = tmp_path / "shared"
+    export_musiclm(model, shared, bundled=SHARED)
+    assert read_json(shared / "musiclm.json")["bundled_parts"] == SHARED
+    assert not any((shared / part).exists() for part in SHARED)
     waves = [MusicLM.from_pretrained(folder)("a low tone", **REQUEST).waves for folder in (model, shared)]
     assert torch.equal(*waves)
     assert export_musiclm(shared, tmp_path / "exported") == export_musiclm(model, tmp_path / "whole")
@@ -264,6 +263,15 @@ def test_parts_that_the_package_lacks_are_named(model, packaged, named, message)
     change_card(model, bundled_parts=named)
     with pytest.raises(ValueError, match=message):
         MusicLM.from_pretrained(model)
+
+
+def test_only_equal_parts_are_left_out_of_an_export(model, packaged, tmp_path):
+    """A bundled module with other weights, and one that is missing, raise an error, and nothing is written."""
+    with pytest.raises(ValueError, match="the codec is not the bundled module codec_another: .* differ; store"):
+        export_musiclm(model, tmp_path / "out", bundled={"codec": "codec_another"})
+    with pytest.raises(ValueError, match="needs the bundled module 'codec_24khz', but"):
+        export_musiclm(model, tmp_path / "out", bundled={"codec": "codec_24khz"})
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_and_folders_of_models(micro_run, tmp_path):
