@@ -50,6 +50,10 @@ class TrainMusicGen(PresetOptions):
     """Seed of initial weights, data order and noise."""
     allow_changed: tuple[str, ...] = ()
     """Names of settings that may differ from those of the interrupted run, such as batch_size or num_train_steps."""
+    dry_run: bool = False
+    """Print parameters, tokens, disk space and estimated time. Nothing is written."""
+    dry_run_device: str | None = None
+    """Like --dry-run, with the estimated time on this GPU, such as a100, instead of a measurement on this machine."""
 
     @staticmethod
     def presets() -> dict[str, Any]:
@@ -79,9 +83,16 @@ class TrainMusicGen(PresetOptions):
         parts = self._parts(preset)
         channels = 2 if self.stereo else parts["codec"].channels
         items = training_items(self.data, None, min_seconds=1.0, channels=channels)
+        model = self._model(preset, parts, items[0])
+        if self.dry_run or self.dry_run_device is not None:
+            from musiclm_pytorch.pipeline.estimate_musicgen import estimate_musicgen
+
+            model.to(accelerator.device)
+            print(estimate_musicgen(preset, model, items, lora_rank=self.lora_rank, assumed=self.dry_run_device))
+            return 0
         trainer = musicgen_trainer(
             preset,
-            self._model(preset, parts, items[0]),
+            model,
             items,
             out=self.out,
             lora_rank=self.lora_rank,

@@ -1,7 +1,7 @@
 """`musiclm train --dry-run`: estimates of parameters, tokens, disk space and time of a training run."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,18 +11,32 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import ConditionTensor
+from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.training.distributed import to_device
 from musiclm_pytorch.pipeline.builders import STAGES, build_codec, build_mulan, build_semantic_tokenizer, build_stage
 from musiclm_pytorch.pipeline.pipeline import Pipeline
+from musiclm_pytorch.pipeline.presets import RunConfig
 from musiclm_pytorch.pipeline.steps import MELODY_STEPS, STEPS, check_step
 from musiclm_pytorch.pipeline.trainers import NUM_VALIDATIONS, codec_trainer, mulan_trainer, semantic_tokenizer_trainer
 
-__all__ = ["StepEstimate", "estimate", "estimate_steps"]
+__all__ = [
+    "BYTES_PER_PARAMETER",
+    "BYTES_PER_TOKEN",
+    "MAX_CROPS",
+    "MAX_CROP_SECONDS",
+    "StepEstimate",
+    "check_assumed",
+    "estimate",
+    "estimate_steps",
+    "estimate_table",
+    "seconds_per_crop",
+    "step_functions",
+]
 
 # Sizes of a timed batch: first one crop, then several if one crop is fast. The time of a step is in proportion.
-_MAX_CROPS, _MAX_CROP_SECONDS = 4, 1.0
+MAX_CROPS, MAX_CROP_SECONDS = 4, 1.0
 _FAST_SECONDS, _MAX_TIMED_SECONDS, _MAX_CALLS = 0.25, 1.0, 5
 # Peak TFLOP/s of dense bf16 products (fp16 for t4 and v100), from the data sheets, and the share that training reaches.
 DEVICES = {
@@ -35,8 +49,8 @@ _VALIDATION = {"codec": (64, 3.0, 2), "semantic": (128, 0.0, 1), "coarse": (128,
 _MAX_CAPTIONS = 1000
 # For a trained parameter: two checkpoints (weights and two moments of AdamW), the final weights, and twice as float16.
 # At the end of a step, the float16 files remain.
-_BYTES_PER_PARAMETER = 2 * 12 + 4 + 4
-_BYTES_PER_TOKEN = 2
+BYTES_PER_PARAMETER = 2 * 12 + 4 + 4
+BYTES_PER_TOKEN = 2
 
 
 @dataclass(frozen=True)
@@ -57,22 +71,38 @@ def estimate(pipeline: Pipeline, step: str = "all", device: str | None = None) -
     Times are measured on this machine, or computed for a GPU in `DEVICES` from the number of operations.
     """
     rows = estimate_steps(pipeline, step, device)
+    states = dict.fromkeys(pipeline.pretrained, "pretrained")
+    states |= {row.step: "done" for row in rows if row.step in STEPS and pipeline.is_done(row.step)}
+    return estimate_table(rows, pipeline.items, pipeline.accelerator.device, device, states)
+
+
+def estimate_table(
+    rows: Sequence[StepEstimate],
+    items: tuple[Sequence[AudioItem], Sequence[AudioItem]],
+    device: torch.device,
+    assumed: str | None,
+    states: Mapping[str, str],
+) -> str:
+    """Format estimates and their sum; `states` has the steps that need no time, with a word instead of the time."""
     totals = {name: sum(getattr(row, name) for row in rows) for name in vars(rows[0]) if name != "step"}
     lines = [f"{'step':20}{'parameters':>12}{'tokens':>15}{'disk':>14}{'time':>12}"]
     for row in [*rows, StepEstimate("total", **totals)]:
         duration = f"{row.seconds / 60:,.1f} min" if row.seconds >= 60 else f"{row.seconds:.1f} s"
-        if row.step in STEPS and pipeline.is_done(row.step):
-            duration = "done"
-        elif row.step in pipeline.pretrained:
-            duration = "pretrained"
         disk = f"{row.disk_bytes / 1e6:,.1f} MB"
+        duration = states.get(row.step, duration)
         lines.append(f"{row.step:20}{row.num_parameters:12,}{row.num_tokens:15,}{disk:>14}{duration:>12}")
-    files = f"{len(pipeline.train_items):,} training and {len(pipeline.valid_items):,} held-out files"
-    times = f"times on {pipeline.accelerator.device} with {torch.get_num_threads()} threads"
-    if device is not None:
-        times = f"times of a {device} at {_UTILISATION:.0%} of {DEVICES[device]} TFLOP/s, without reading of files"
+    files = f"{len(items[0]):,} training and {len(items[1]):,} held-out files"
+    times = f"times on {device} with {torch.get_num_threads()} threads"
+    if assumed is not None:
+        times = f"times of a {assumed} at {_UTILISATION:.0%} of {DEVICES[assumed]} TFLOP/s, without reading of files"
     lines.append(f"{files}; {times}")
     return "\n".join(lines)
+
+
+def check_assumed(device: str | None) -> None:
+    """Raise a ValueError for a GPU that is not in `DEVICES`."""
+    if device is not None and device not in DEVICES:
+        raise ValueError(f"there is no estimate for the device {device!r}; choose one of: {', '.join(DEVICES)}")
 
 
 @typed
@@ -81,8 +111,7 @@ def estimate_steps(pipeline: Pipeline, step: str = "all", device: str | None = N
     check_step(step)
     if step in MELODY_STEPS:
         raise ValueError(f"there is no estimate for the step {step}; run it without --dry-run")
-    if device is not None and device not in DEVICES:
-        raise ValueError(f"there is no estimate for the device {device!r}; choose one of: {', '.join(DEVICES)}")
+    check_assumed(device)
     with preserve_rng():
         probe = _Probe(pipeline, device)
         return [probe.estimate(name) for name in (STEPS if step == "all" else [step])]
@@ -105,36 +134,22 @@ class _Probe:
         if step in ("quantizer", "tokens"):
             return self._encoding(step)
         config = getattr(self.preset, step.replace("-", "_"))
-        run, crop_seconds = config.run, min(config.run.seconds, _MAX_CROP_SECONDS)
+        run, crop_seconds = config.run, min(config.run.seconds, MAX_CROP_SECONDS)
         shortened = replace(config, run=replace(run, seconds=crop_seconds))
         build = self._stage if step in STAGES else self._tokenizer_or_mulan
         module, token_hz, loss = build(step, shortened)
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-6)
-
-        def train_step(num_crops: int) -> None:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=run.precision == "bf16"):
-                value = loss(num_crops)
-            value.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            value.item()  # waits for the device
-
-        @torch.no_grad()
-        def validate(num_crops: int) -> None:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=run.precision == "bf16"):
-                loss(num_crops).item()
-
+        train_step, validate = step_functions(parameters, loss, run, self.device)
         num_parameters = sum(parameter.numel() for parameter in parameters)
         total_seconds = run.num_train_steps * run.batch_size * run.seconds
         num_held_out = len(self.pipeline.valid_items)
         max_crops, least_seconds, num_decodings = _VALIDATION.get(step, (num_held_out, 0.0, 1))
         valid_seconds = min(num_held_out, max_crops) * max(run.seconds, least_seconds) * num_decodings * NUM_VALIDATIONS
-        limit = min(run.batch_size, _MAX_CROPS)
+        limit = min(run.batch_size, MAX_CROPS)
         seconds = self._seconds(step, train_step, limit) * total_seconds / crop_seconds
         seconds += self._seconds(step, validate, limit) * valid_seconds / crop_seconds
         num_tokens = round(total_seconds * token_hz)
-        return StepEstimate(step, num_parameters, num_tokens, num_parameters * _BYTES_PER_PARAMETER, seconds)
+        return StepEstimate(step, num_parameters, num_tokens, num_parameters * BYTES_PER_PARAMETER, seconds)
 
     def _tokenizer_or_mulan(self, step: str, config: Any) -> tuple[nn.Module, float, Any]:
         """Build the module of a step; also return the tokens per second of audio and the loss of a number of crops."""
@@ -192,7 +207,7 @@ class _Probe:
         mulan.to(self.device).eval()
         items = [*pipeline.train_items, *(pipeline.valid_items if step == "tokens" else [])]
         total_seconds = sum(item.num_samples / item.sample_hz for item in items)
-        crop_seconds = min(total_seconds / len(items), _MAX_CROP_SECONDS)
+        crop_seconds = min(total_seconds / len(items), MAX_CROP_SECONDS)
 
         def noise(channels: int, sample_hz: int) -> Tensor:
             return torch.randn(channels, round(crop_seconds * sample_hz), device=self.device) * 0.1
@@ -209,33 +224,62 @@ class _Probe:
             return StepEstimate(step, 0, len(items) * self.preset.quantizer.num_quantizers, _num_bytes(mulan), seconds)
         num_tokens = round(total_seconds * (_frame_hz(codec) * codec.num_quantizers + _frame_hz(tokenizer)))
         num_windows = len(items) + total_seconds / mulan.window_stride_seconds
-        disk_bytes = round(_BYTES_PER_TOKEN * (num_tokens + num_windows * mulan.dim_latent))
+        disk_bytes = round(BYTES_PER_TOKEN * (num_tokens + num_windows * mulan.dim_latent))
         return StepEstimate(step, 0, num_tokens, disk_bytes, seconds)
 
     def _seconds(self, step: str, work: Callable[[int], None], max_crops: int) -> float:
-        """Return the duration in seconds of `work` per crop; return 0 if `step` is finished.
+        """Return the duration in seconds of `work` per crop; return 0 if `step` is finished."""
+        return 0.0 if self.pipeline.is_done(step) else seconds_per_crop(work, max_crops, self.device, self.assumed)
 
-        The result is the minimum of a few calls. On a CPU, the processor time of this thread is measured, so that other
-        programs have little influence.
-        """
-        if self.pipeline.is_done(step):
-            return 0.0
-        if self.assumed is not None:
-            with FlopCounterMode(display=False) as counter:
-                work(1)
-            return counter.get_total_flops() / (_UTILISATION * DEVICES[self.assumed] * 1e12)
-        clock = time.thread_time if self.device.type == "cpu" else time.perf_counter
-        seconds: list[float] = []
-        num_crops = 1
-        while len(seconds) < 2 or (sum(seconds) < _MAX_TIMED_SECONDS and len(seconds) < _MAX_CALLS):
-            started = clock()
-            work(num_crops)
-            seconds.append(clock() - started)
-            if seconds[0] > _MAX_TIMED_SECONDS:
-                break
-            if num_crops < max_crops and seconds[-1] < _FAST_SECONDS:
-                num_crops, seconds = max_crops, []
-        return min(seconds) / num_crops
+
+def step_functions(
+    parameters: Sequence[nn.Parameter], loss: Callable[[int], Tensor], run: RunConfig, device: torch.device
+) -> tuple[Callable[[int], None], Callable[[int], None]]:
+    """Return the functions of a number of crops that train for one step, and that compute the loss in a validation."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+
+    def forward(num_crops: int) -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=run.precision == "bf16"):
+            return loss(num_crops)
+
+    def train_step(num_crops: int) -> None:
+        value = forward(num_crops)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        value.item()  # waits for the device
+
+    @torch.no_grad()
+    def validate(num_crops: int) -> None:
+        forward(num_crops).item()
+
+    return train_step, validate
+
+
+def seconds_per_crop(
+    work: Callable[[int], None], max_crops: int, device: torch.device, assumed: str | None = None
+) -> float:
+    """Return the duration of `work(num_crops)` per crop, on this machine or on the GPU `assumed` of `DEVICES`.
+
+    The result is the minimum of a few calls. On a CPU, the processor time of this thread is measured, so that other
+    programs have little influence.
+    """
+    if assumed is not None:
+        with FlopCounterMode(display=False) as counter:
+            work(1)
+        return counter.get_total_flops() / (_UTILISATION * DEVICES[assumed] * 1e12)
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    seconds: list[float] = []
+    num_crops = 1
+    while len(seconds) < 2 or (sum(seconds) < _MAX_TIMED_SECONDS and len(seconds) < _MAX_CALLS):
+        started = clock()
+        work(num_crops)
+        seconds.append(clock() - started)
+        if seconds[0] > _MAX_TIMED_SECONDS:
+            break
+        if num_crops < max_crops and seconds[-1] < _FAST_SECONDS:
+            num_crops, seconds = max_crops, []
+    return min(seconds) / num_crops
 
 
 def _frame_hz(tokenizer: Any) -> float:

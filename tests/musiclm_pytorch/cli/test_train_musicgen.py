@@ -67,12 +67,26 @@ codec of a model | train musicgen --data DATA --out TMP/out --from X --codec Y |
 unknown model | train musicgen --data DATA --out TMP/out --from X | there is no folder X
 no MuLaN | train musicgen --data DATA --out TMP/out --mulan X | there is no folder X
 folder of somebody else | train musicgen --data DATA --out DATA | contains files that do not belong to a run
+no such GPU | train musicgen --data DATA --out TMP/out --dry-run-device a1000 | no estimate for the device 'a1000'
 not the first word | train --preset tiny musicgen --data DATA --out TMP/out | musicgen must be the first word
 """
 )
 def test_wrong_words(musiclm_command, micro_data: Path, tmp_path: Path, words, message, capfd) -> None:
     """One line on standard error, and no file is written."""
     check_bad_input(musiclm_command, words, message, {"DATA": micro_data, "TMP": tmp_path}, capfd)
+
+
+def test_dry_run_writes_nothing(train, tmp_path: Path, capsys) -> None:
+    """The table has the parameters and tokens of the training; on a GPU, the time follows from the operations."""
+    codec = tiny_codec()
+    num_tokens = 6 * 4 * 2 * codec.target_sample_hz // codec.downsample_factor  # steps, crops of 1 s, levels
+    for words in (["--dry-run"], ["--dry-run-device", "a100"]):
+        assert train("dry", *words) == 0
+        lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+        assert {"tokens", "musicgen", "total"} < lines.keys()
+        assert lines["musicgen"][2] == f"{num_tokens:,}"
+        assert float(lines["musicgen"][5]) > 0 or words != ["--dry-run"]
+    assert not (tmp_path / "dry").exists()
 
 
 @pytest.mark.slow

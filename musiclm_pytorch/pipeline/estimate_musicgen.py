@@ -1,0 +1,128 @@
+"""`musiclm train musicgen --dry-run`: an estimate of parameters, tokens, disk space and time of the training."""
+
+from collections.abc import Sequence
+from math import inf
+
+import torch
+from torch import Tensor
+
+from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor
+from audiolm_pytorch.data.manifest import AudioItem, captions_of
+from audiolm_pytorch.lm.stage_transformer import AudioTokens
+from audiolm_pytorch.nn.low_rank import add_low_rank
+from audiolm_pytorch.saving.construction import preserve_rng
+from musiclm_pytorch.musicgen.musicgen import MusicGen
+from musiclm_pytorch.pipeline.estimate import (
+    BYTES_PER_PARAMETER,
+    BYTES_PER_TOKEN,
+    MAX_CROP_SECONDS,
+    MAX_CROPS,
+    StepEstimate,
+    check_assumed,
+    estimate_table,
+    seconds_per_crop,
+    step_functions,
+)
+from musiclm_pytorch.pipeline.musicgen_presets import MusicGenPreset
+from musiclm_pytorch.pipeline.trainers import NUM_VALIDATIONS
+
+__all__ = ["estimate_musicgen"]
+
+_MAX_VALID_ITEMS = 128  # of a validation
+_BYTES_PER_CHROMA = 4
+
+
+@typed
+def estimate_musicgen(
+    preset: MusicGenPreset,
+    model: MusicGen,
+    items: tuple[Sequence[AudioItem], Sequence[AudioItem]],
+    *,
+    lora_rank: int | None = None,
+    assumed: str | None = None,
+) -> str:
+    """Estimate the cost of `musicgen_trainer` with these arguments, and return a table as text; no file is written.
+
+    Times are measured on the device of the model, whose weights change, or computed for the GPU `assumed`.
+    """
+    check_assumed(assumed)
+    with preserve_rng():
+        probe = _Probe(preset, model, items, assumed)
+        rows = [] if preset.mix_prob > 0 else [probe.tokens()]
+        rows.append(probe.training(lora_rank))
+    return estimate_table(rows, items, model.device, assumed, {})
+
+
+class _Probe:
+    """Estimates the cost of the tokens and of the training of a MusicGen."""
+
+    def __init__(
+        self,
+        preset: MusicGenPreset,
+        model: MusicGen,
+        items: tuple[Sequence[AudioItem], Sequence[AudioItem]],
+        assumed: str | None,
+    ) -> None:
+        self.preset, self.model, self.items, self.assumed = preset, model, items, assumed
+        stream = model.transformer.layout.predicted[0]
+        self.rate_hz, self.num_levels = float(stream.exact_hz), stream.num_levels
+        self.seconds = min(preset.run.seconds, model.transformer.max_seconds or inf)
+        self.crop_seconds = min(self.seconds, MAX_CROP_SECONDS)
+        self.melody_frames = model.transformer.melody_frames or 0
+        self.captions = [text for item in items[0][:MAX_CROPS] for text in captions_of(item)[:1]] or [""]
+
+    def tokens(self) -> StepEstimate:
+        """Estimate the cost of encoding every file once."""
+        total_seconds = sum(item.num_samples / item.sample_hz for part in self.items for item in part)
+        seconds = seconds_per_crop(self._encode, 1, self.model.device, self.assumed) * total_seconds / self.crop_seconds
+        num_tokens = round(total_seconds * self.rate_hz * self.num_levels)
+        num_windows = max(total_seconds / self.seconds, sum(map(len, self.items)))
+        melody_bytes = num_windows * self.melody_frames * 12 * _BYTES_PER_CHROMA
+        return StepEstimate("tokens", 0, num_tokens, round(BYTES_PER_TOKEN * num_tokens + melody_bytes), seconds)
+
+    def training(self, lora_rank: int | None) -> StepEstimate:
+        """Estimate the cost of the training; a step takes a time in proportion to the rows of its crops."""
+        model, run = self.model, self.preset.run
+        trained = [model.transformer, *([] if model.text_conditioner is None else [model.text_conditioner])]
+        if lora_rank is not None:
+            add_low_rank(model.transformer, lora_rank)
+            trained = [model.transformer]
+        parameters = [weight for module in trained for weight in module.parameters() if weight.requires_grad]
+        limit = min(run.batch_size, MAX_CROPS)
+        train, valid = (
+            seconds_per_crop(step, limit, model.device, self.assumed)
+            for step in step_functions(parameters, self._loss, run, model.device)
+        )
+        num_crops = run.num_train_steps * run.batch_size
+        seconds = train * num_crops + valid * min(len(self.items[1]), _MAX_VALID_ITEMS) * NUM_VALIDATIONS
+        rows, crop_rows = (self.melody_frames + length * self.rate_hz for length in (self.seconds, self.crop_seconds))
+        num_parameters = sum(weight.numel() for weight in parameters)
+        num_tokens = round(num_crops * self.seconds * self.rate_hz * self.num_levels)
+        disk_bytes = num_parameters * BYTES_PER_PARAMETER
+        return StepEstimate("musicgen", num_parameters, num_tokens, disk_bytes, seconds * rows / crop_rows)
+
+    @torch.no_grad()
+    def _encode(self, num_crops: int) -> None:
+        codec, chroma, device = self.model.codec, self.model.chroma, self.model.device
+        shape = num_crops, codec.channels, round(self.crop_seconds * codec.target_sample_hz)
+        codec.tokenize(0.1 * torch.randn(shape, device=device))
+        if chroma is not None:
+            chroma(0.1 * torch.randn(num_crops, round(self.crop_seconds * chroma.sample_hz), device=device))
+
+    def _loss(self, num_crops: int) -> Tensor:
+        """Return the loss of crops with random codes and melodies."""
+        model = self.model
+        if self.preset.mix_prob > 0:
+            self._encode(num_crops)
+        shape = num_crops, max(1, int(self.crop_seconds * self.rate_hz)), self.num_levels
+        codes = torch.randint(model.codec.codebook_size, shape, device=model.device)
+        conditions: Conditions = {}
+        if model.text_conditioner is not None:
+            conditions["text"] = model.text_conditioner([self.captions[0]] * num_crops)
+        if model.chroma is not None:
+            melody = torch.randn(num_crops, self.melody_frames, model.chroma.num_classes, device=model.device)
+            conditions["melody"] = ConditionTensor.of(melody)
+        transformer = model.transformer
+        value: Tensor = transformer(transformer.packed(AudioTokens({"acoustic": codes}, {})), conditions).loss
+        return value
