@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor
+from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.data.manifest import AudioItem, captions_of
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.nn.low_rank import add_low_rank
@@ -117,7 +117,7 @@ class _Probe:
             self._encode(num_crops)
         shape = num_crops, max(1, int(self.crop_seconds * self.rate_hz)), self.num_levels
         codes = torch.randint(model.codec.codebook_size, shape, device=model.device)
-        conditions: Conditions = {}
+        conditions: dict[str, ConditionTensor] = {}
         if model.text_conditioner is not None:
             conditions["text"] = model.text_conditioner([self.captions[0]] * num_crops)
         if model.chroma is not None:
