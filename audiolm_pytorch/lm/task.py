@@ -18,7 +18,7 @@ from audiolm_pytorch.lm.training_data import StageSource
 from audiolm_pytorch.nn.module_state import check_shares
 from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.training import LossOutput, Phase
-from audiolm_pytorch.training.distributed import to_device
+from audiolm_pytorch.training.distributed import map_over_processes, to_device
 
 __all__ = ["StageObjective", "StageTask"]
 
@@ -144,16 +144,21 @@ class StageTask:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Compute loss and accuracy on the first validation items."""
+        """Compute loss and accuracy on the first validation items, of which every process reads a share."""
         num_items = min(_MAX_VALID_ITEMS, len(self.valid))
         totals: dict[str, float] = {}
-        for first in range(0, num_items, self.batch_size):
-            indices = [(0, index) for index in range(first, min(first + self.batch_size, num_items))]
-            batch = to_device(self.valid.batch(indices), self.transformer.device)
-            prediction = self._predict(self.valid, batch)
-            for name, value in {"loss": prediction.loss, **_metrics(prediction)}.items():
-                totals[name] = totals.get(name, 0.0) + float(value) * len(indices) / num_items
+        for sums in map_over_processes(self._validate_batch, range(0, num_items, self.batch_size)):
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + value / num_items
         return totals
+
+    def _validate_batch(self, first: int) -> dict[str, float]:
+        """Return loss and metrics of the batch that begins with validation item `first`, times its number of items."""
+        last = min(first + self.batch_size, _MAX_VALID_ITEMS, len(self.valid))
+        batch = to_device(self.valid.batch([(0, index) for index in range(first, last)]), self.transformer.device)
+        prediction = self._predict(self.valid, batch)
+        values = {"loss": prediction.loss, **_metrics(prediction)}
+        return {name: float(value) * (last - first) for name, value in values.items()}
 
     def samples(self, folder: Path, step: int) -> None:
         """Do nothing, because a single stage cannot generate audio; a pipeline writes samples of the whole model."""

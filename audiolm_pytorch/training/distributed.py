@@ -1,12 +1,13 @@
-"""Operations across the processes of a run: average gradients and metrics, broadcast tensors."""
+"""Operations across the processes of a run: average gradients and metrics, broadcast tensors, share work."""
 
 import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -18,9 +19,12 @@ __all__ = [
     "broadcast_tensors",
     "merge_means",
     "create_accelerator",
+    "map_over_processes",
     "map_tensors",
     "to_device",
 ]
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 _BUCKET_NUMEL = 2**25  # 128 MiB of float32: few collectives, and little memory beside the gradients
 
@@ -91,6 +95,20 @@ def average_gradients(
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
     return means[-1]
+
+
+def map_over_processes(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Return the results of a function for all items, each computed on one process, in the same order on every process.
+
+    The function must not use collective operations, and returns numbers, or tensors on the CPU.
+    """
+    rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    own = [function(item) for item in items[rank::count]]
+    if count == 1:
+        return own
+    shares: list[list[Result]] = [[] for _ in range(count)]
+    dist.all_gather_object(shares, own)
+    return [shares[number % count][number // count] for number in range(len(items))]
 
 
 def broadcast_tensors(accelerator: "accelerate.Accelerator", tensors: Sequence[Tensor]) -> None:

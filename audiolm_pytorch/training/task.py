@@ -207,7 +207,10 @@ class Task(Protocol):
         """
 
     def validate(self) -> dict[str, float]:
-        """Return validation metrics, computed on every process in eval mode, with EMA weights and without gradients."""
+        """Return validation metrics, computed on every process in eval mode, with EMA weights and without gradients.
+
+        With `map_over_processes`, every process evaluates a share of the items, and all return the same metrics.
+        """
 
     def samples(self, folder: Path, step: int) -> None:
         """Write example outputs (audio, images) to a folder after each validation, on the first process only.

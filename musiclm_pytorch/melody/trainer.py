@@ -15,7 +15,7 @@ from audiolm_pytorch.data.manifest import AudioSplit, DataSource, training_items
 from audiolm_pytorch.saving.modules import save_module
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
 from audiolm_pytorch.training.arguments import trainer_arguments
-from audiolm_pytorch.training.distributed import to_device
+from audiolm_pytorch.training.distributed import map_over_processes, to_device
 from musiclm_pytorch.melody.embedder import MelodyEmbedder
 from musiclm_pytorch.melody.notes import LABEL, PitchNote, excerpt_of, notes_of, pitch_classes_at
 from musiclm_pytorch.melody.triplets import semi_hard_triplet_loss
@@ -128,21 +128,25 @@ class MelodyTask:
         `recall_at_1` is the share of windows whose nearest window is at the same place of the same melody.
         `same_pitch_classes` is the share of the time in which both windows have equal pitch classes.
         """
-        items = self.held_out[:_MAX_VALID_MELODIES]
-        if not items:
+        if not self.held_out:
             return {}
-        batch = self._batch(items, [(0, index) for index in range(len(items))])
-        batch = to_device(batch, self.embedder.codebooks.device)
-        first, second = (self.embedder(batch["windows"][:, side].flatten(0, 1)) for side in range(2))
+        count = min(_MAX_VALID_MELODIES, len(self.held_out))
+        latents, classes = zip(*map_over_processes(self._embed, range(count)))
+        first, second = (torch.cat([windows[side] for windows in latents]) for side in range(2))
         nearest = (first @ second.T).argmax(dim=1)
-        classes = [batch["classes"][:, side].flatten(0, 1) for side in range(2)]
-        numbers = torch.arange(len(nearest), device=nearest.device)
-        same = 1 - _difference(*classes)
+        numbers = torch.arange(len(nearest))
+        same = 1 - _difference(*(torch.cat([windows[side] for windows in classes]) for side in range(2)))
         return {
             "recall_at_1": float((nearest == numbers).float().mean()),
             "same_pitch_classes": float(same[numbers, nearest].mean()),
             "same_by_chance": float(same.mean()),
         }
+
+    def _embed(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return latents `[2, w, d]` and pitch classes `[2, w, times]` of the windows of a held-out melody."""
+        batch = self._batch(self.held_out, [(0, index)])
+        windows = to_device(batch["windows"], self.embedder.codebooks.device).flatten(0, 2)
+        return self.embedder(windows).unflatten(0, (2, -1)).cpu(), batch["classes"][0]
 
     def samples(self, folder: Path, step: int) -> None:
         """Write no samples, since an embedder generates no audio."""

@@ -10,6 +10,7 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.batches import collate_crops
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.nn.module_state import device_of
+from audiolm_pytorch.training.distributed import map_over_processes
 from musiclm_pytorch.evaluation.retrieval import Retrieval, different_captions, retrieval
 from musiclm_pytorch.evaluation.tagging import TagTest, tag_scores, tag_tests
 from musiclm_pytorch.mulan.captions import texts_of
@@ -56,8 +57,11 @@ class HeldOutClips:
         values) and `<label>_accuracy` (balanced accuracy).
         """
         audio = self._audio_latents(mulan)
-        parts = range(0, len(self._captions), self.max_batch)
-        text = torch.cat([mulan.get_text_latents(self._captions[start : start + self.max_batch]) for start in parts])
+        parts = [
+            self._captions[start : start + self.max_batch] for start in range(0, len(self._captions), self.max_batch)
+        ]
+        latents = map_over_processes(lambda captions: mulan.get_text_latents(captions).cpu(), parts)
+        text = torch.cat(latents).to(audio.device)
         # In half precision many clips would be equally near.
         with torch.autocast(audio.device.type, enabled=False):
             directions = self._retrieval(text.float() @ audio.float().T)
@@ -71,13 +75,15 @@ class HeldOutClips:
         return values
 
     def _audio_latents(self, mulan: JointEmbedding) -> Tensor:
-        """Embed the first crop of every clip as latents `[n, d]`."""
+        """Embed the first crop of every clip as latents `[n, d]`; every process embeds a share of the clips."""
         device, rate_hz = device_of(mulan), mulan.sample_hz
-        latents = []
-        for indices in torch.arange(len(self.dataset)).split(self.max_batch):
+
+        def embed(indices: Tensor) -> Tensor:
             crops = collate_crops([self.dataset.get(0, index) for index in indices.tolist()])
-            latents.append(mulan.get_audio_latents(crops.waves[rate_hz].to(device), crops.lengths[rate_hz].to(device)))
-        return torch.cat(latents)
+            waves, lengths = crops.waves[rate_hz].to(device), crops.lengths[rate_hz].to(device)
+            return mulan.get_audio_latents(waves, lengths).cpu()
+
+        return torch.cat(map_over_processes(embed, torch.arange(len(self.dataset)).split(self.max_batch))).to(device)
 
     def _retrieval(self, similarities: Tensor) -> dict[str, Retrieval]:
         """Rank by similarity the clips for each caption (key "") and the captions for each clip (key "audio_")."""

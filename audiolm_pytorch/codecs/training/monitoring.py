@@ -1,6 +1,6 @@
 """Validation of a codec in training: distances, codebook usage, audio files, and a warning if nothing improves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.codecs.training.denoising import Mixture
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
 from audiolm_pytorch.saving.text import logger_named
+from audiolm_pytorch.training.distributed import map_over_processes
 
 __all__ = ["CodeUsage", "MelWarning", "denoising_metrics", "reconstruct", "reconstruction_metrics", "write_pairs"]
 
@@ -67,29 +68,33 @@ def reconstruct(codec: SoundStream, wave: Tensor, quantize: bool = True, denoise
 
 @torch.no_grad()
 def reconstruction_metrics(
-    codec: SoundStream, waves: Sequence[Tensor], mel_loss: MultiScaleMelLoss, quantize: bool = True
+    codec: SoundStream, read: Callable[[int], Tensor], count: int, mel_loss: MultiScaleMelLoss, quantize: bool = True
 ) -> dict[str, float]:
     """Compute distances between waves `[1, c, n]` and their reconstructions, and the codebook usage.
 
-    `si_sdr_db` is the mean SI-SDR of the waves that are not silent. `mel_distance_half_levels` is the mel distance of
-    waves that are decoded from the first half of the levels.
+    The function `read` returns the waves 0 to `count - 1`, of which every process evaluates a share. `si_sdr_db` is the
+    mean SI-SDR of the waves that are not silent. `mel_distance_half_levels` is the mel distance of waves that are
+    decoded from the first half of the levels.
     """
-    rows: dict[str, list[float]] = {}
-    codes: list[Tensor] = []
-    for wave in waves:
+
+    def evaluate(number: int) -> tuple[dict[str, float], Tensor]:
+        wave, row, codes = read(number), {}, torch.empty(0)
         if quantize:
-            codes.append(codec.tokenize(wave))
-            decoded = codec.decode_from_codebook_indices(codes[-1], num_samples=wave.shape[-1])
+            codes = codec.tokenize(wave)
+            decoded = codec.decode_from_codebook_indices(codes, num_samples=wave.shape[-1])
             if (half := codec.num_quantizers // 2) > 0:
-                coarse = codec.decode_from_codebook_indices(codes[-1][..., :half], num_samples=wave.shape[-1])
-                rows.setdefault("mel_distance_half_levels", []).append(mel_loss(coarse, wave).item())
+                coarse = codec.decode_from_codebook_indices(codes[..., :half], num_samples=wave.shape[-1])
+                row["mel_distance_half_levels"] = mel_loss(coarse, wave).item()
         else:
             decoded = reconstruct(codec, wave, quantize=False)
-        rows.setdefault("mel_distance", []).append(mel_loss(decoded, wave).item())
+        row["mel_distance"] = mel_loss(decoded, wave).item()
         if wave.any():
-            rows.setdefault("si_sdr_db", []).append(_si_sdr_db(decoded, wave))
+            row["si_sdr_db"] = _si_sdr_db(decoded, wave)
+        return row, codes.cpu()
+
+    rows, codes = zip(*map_over_processes(evaluate, range(count)))
     metrics = _means(rows)
-    if codes:
+    if quantize:
         usage = code_usage(torch.cat([rearrange(item, "b f q -> (b f) q") for item in codes]), codec.codebook_size)
         metrics.update({name: value.item() for name, value in _by_level(usage).items()})
     return metrics
@@ -97,30 +102,39 @@ def reconstruction_metrics(
 
 @torch.no_grad()
 def denoising_metrics(
-    codec: SoundStream, mixtures: Sequence[Mixture], mel_loss: MultiScaleMelLoss, quantize: bool = True
+    codec: SoundStream, read: Callable[[int], Mixture], count: int, mel_loss: MultiScaleMelLoss, quantize: bool = True
 ) -> dict[str, float]:
     """Compute distances from the clean wave to the mixture and to its reconstructions with and without `denoise`.
 
-    Mixtures with a silent clean wave are not evaluated.
+    The function `read` returns the mixtures 0 to `count - 1`, of which every process evaluates a share. Mixtures with a
+    silent clean wave are not evaluated.
     """
-    rows: dict[str, list[float]] = {}
-    for mixture in mixtures:
+
+    def evaluate(number: int) -> dict[str, float]:
+        mixture, row = read(number), {}
         noisy, clean = torch.atleast_2d(mixture.wave)[None], torch.atleast_2d(mixture.clean)[None]
         if not clean.any():
-            continue
+            return row
         kinds = {
             "noisy": noisy,
             "denoise_off": reconstruct(codec, noisy, quantize, denoise=False),
             "denoise_on": reconstruct(codec, noisy, quantize, denoise=True),
         }
         for kind, wave in kinds.items():
-            rows.setdefault(f"si_sdr_db_{kind}", []).append(_si_sdr_db(wave, clean))
-            rows.setdefault(f"mel_distance_{kind}", []).append(mel_loss(wave, clean).item())
-    return _means(rows)
+            row[f"si_sdr_db_{kind}"] = _si_sdr_db(wave, clean)
+            row[f"mel_distance_{kind}"] = mel_loss(wave, clean).item()
+        return row
+
+    return _means(map_over_processes(evaluate, range(count)))
 
 
-def _means(rows: Mapping[str, list[float]]) -> dict[str, float]:
-    return {name: sum(values) / len(values) for name, values in rows.items()}
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of every metric over the rows that have it."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
 
 
 def _si_sdr_db(estimate: Tensor, target: Tensor) -> float:

@@ -180,19 +180,18 @@ class CodecTask:
 
     def samples(self, folder: Path, step: int) -> None:
         """Write the first validation crops and their reconstructions as WAV files."""
-        waves = self._validation_waves(min(_NUM_PAIRS, self.num_validation_crops))
+        waves = [self._validation_wave(number) for number in range(min(_NUM_PAIRS, self.num_validation_crops))]
         decoded = [reconstruct(self.codec, wave, self._quantizes) for wave in waves]
         write_pairs(folder, step, waves, decoded, self.codec.target_sample_hz)
 
     def validate(self) -> dict[str, float]:
         """Compute `reconstruction_metrics` and, with noise, `denoising_metrics` on the first validation crops."""
         self.mel_loss.to(device_of(self.codec))
-        waves = self._validation_waves(self.num_validation_crops)
-        metrics = reconstruction_metrics(self.codec, waves, self.mel_loss, self._quantizes)
+        device, how = device_of(self.codec), (self.num_validation_crops, self.mel_loss, self._quantizes)
+        metrics = reconstruction_metrics(self.codec, self._validation_wave, *how)
         if self.noise is not None:
-            mixtures = [self.noise[1].get(0, index) for index in range(self.num_validation_crops)]
-            mixtures = to_device(mixtures, device_of(self.codec))
-            metrics.update(denoising_metrics(self.codec, mixtures, self.mel_loss, self._quantizes))
+            mixer = self.noise[1]
+            metrics |= denoising_metrics(self.codec, lambda number: to_device(mixer.get(0, number), device), *how)
         return metrics
 
     def _generator_loss(self, batch: CodecBatch, step: int) -> LossOutput:
@@ -298,10 +297,10 @@ class CodecTask:
             num_samples = min(num_samples, round(self.train.seconds * hz))
         return self.codec.num_frames(num_samples)
 
-    def _validation_waves(self, count: int) -> list[Tensor]:
-        """Load the first `count` validation crops as waves `[1, c, n]`."""
-        waves = [self.valid.get(0, index).waves[self.codec.target_sample_hz] for index in range(count)]
-        return [torch.atleast_2d(wave)[None].to(device_of(self.codec)) for wave in waves]
+    def _validation_wave(self, number: int) -> Tensor:
+        """Load a validation crop as a wave `[1, c, n]`."""
+        wave = self.valid.get(0, number).waves[self.codec.target_sample_hz]
+        return torch.atleast_2d(wave)[None].to(device_of(self.codec))
 
 
 def codebooks_are_untrained(codec: SoundStream) -> bool:

@@ -19,6 +19,7 @@ from audiolm_pytorch.semantic.best_rq.model import BestRQ, BestRQEncoder, Masked
 from audiolm_pytorch.semantic.kmeans_trainer import KMeansFit, KMeansTrainer
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
 from audiolm_pytorch.training.arguments import trainer_arguments
+from audiolm_pytorch.training.distributed import map_over_processes
 from audiolm_pytorch.training.tracking import progress_bar
 
 if TYPE_CHECKING:
@@ -57,20 +58,22 @@ class BestRQTask:
         """Load the crops of the pairs (epoch, file index), padded to the length of the longest crop."""
         return collate_crops([self._train.get(epoch, index) for epoch, index in indices])
 
+    @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Compute mean loss, accuracy and majority-class accuracy on the held-out crops."""
-        generator = torch.Generator().manual_seed(_VALIDATION_SEED)
-        sums = torch.zeros(3, dtype=torch.float64)
-        weight = 0
-        for first in range(0, len(self._valid), self._valid_batch_size):
-            last = min(first + self._valid_batch_size, len(self._valid))
-            batch = collate_crops([self._valid.get(0, index) for index in range(first, last)])
-            with torch.no_grad():
-                out = self._predict(batch, generator)
-            num_hidden = int(out.hidden.sum())
-            sums += num_hidden * torch.stack((out.loss, out.accuracy, out.majority)).double().cpu()
-            weight += num_hidden
-        return dict(zip(("loss", "accuracy", "majority"), (sums / weight).tolist()))
+        """Compute mean loss, accuracy and majority-class accuracy on the held-out crops, shared among processes."""
+        sums = torch.stack(map_over_processes(self._validate_batch, range(0, len(self._valid), self._valid_batch_size)))
+        *totals, weight = sums.sum(dim=0).tolist()
+        return {name: total / weight for name, total in zip(("loss", "accuracy", "majority"), totals)}
+
+    def _validate_batch(self, first: int) -> Tensor:
+        """Return the metrics of a batch times its number of hidden tokens, and this number, `[4]`."""
+        indices = range(first, min(first + self._valid_batch_size, len(self._valid)))
+        batch = collate_crops([self._valid.get(0, index) for index in indices])
+        out = self._predict(batch, torch.Generator().manual_seed(_VALIDATION_SEED + first))
+        num_hidden = int(out.hidden.sum())
+        return (
+            num_hidden * torch.stack((out.loss, out.accuracy, out.majority, torch.ones_like(out.loss))).double().cpu()
+        )
 
     def samples(self, folder: Path, step: int) -> None:
         """Do nothing, because BEST-RQ has no audio output."""

@@ -177,7 +177,7 @@ def test_the_flag_removes_noise_from_held_out_mixtures(data, tmp_path):
         sample_hz=RATE_HZ, snr_db=(5.0, 5.0), clean_share=0.0, seed=3,
     )  # fmt: skip
     mixtures = [held_out.get(epoch, 0) for epoch in range(4)]
-    metrics = denoising_metrics(codec, mixtures, MultiScaleMelLoss(RATE_HZ))
+    metrics = denoising_metrics(codec, mixtures.__getitem__, len(mixtures), MultiScaleMelLoss(RATE_HZ))
     assert metrics["si_sdr_db_noisy"] == pytest.approx(5.0, abs=0.2)
     assert metrics["mel_distance_denoise_on"] < 0.75 * metrics["mel_distance_denoise_off"], metrics
     assert metrics["mel_distance_denoise_on"] < metrics["mel_distance_noisy"], metrics
