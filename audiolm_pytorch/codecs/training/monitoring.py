@@ -111,7 +111,8 @@ def denoising_metrics(
     """
 
     def evaluate(number: int) -> dict[str, float]:
-        mixture, row = read(number), {}
+        mixture = read(number)
+        row: dict[str, float] = {}
         noisy, clean = torch.atleast_2d(mixture.wave)[None], torch.atleast_2d(mixture.clean)[None]
         if not clean.any():
             return row
