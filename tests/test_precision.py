@@ -19,6 +19,7 @@ from audiolm_pytorch.nn.film import FiLM
 from audiolm_pytorch.saving.hub import LoadedModel
 from audiolm_pytorch.semantic.pretrained.encoder import TransformersEncoder
 from musiclm_pytorch import (
+    MusicGen,
     SigmoidContrastiveLearning,
     SoftmaxContrastiveLearning,
     TextTokenizer,
@@ -267,3 +268,31 @@ def test_musiclm_with_prompt(dtype):
     chunks = list(musiclm.stream("a low tone", num_samples=2, seed=1, **times, **prompt))
     assert sum(chunk.wave.shape[-1] for chunk in chunks) == 1600
     assert musiclm.audio_lm(text=["a low tone"], seconds=0.1).isfinite().all()
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder", "tokenizer", "audio", "text"])
+def test_outputs_that_are_not_finite_are_named(part):
+    """A search for the nearest code returns code 0 for NaN, on which a language model would be trained."""
+    codec, tokenizer, mulan = small.small_soundstream().eval(), small.small_tokenizer(), small.small_mulan()
+    modules = {"encoder": codec.encoder, "decoder": codec.decoder, "tokenizer": tokenizer.encoder}
+    calls = {
+        "encoder": [lambda: codec.tokenize(WAVE), lambda: codec.encoder_stream().push(WAVE)],
+        "decoder": [lambda: codec.decode_from_codebook_indices(torch.zeros(1, 4, 2, dtype=torch.long))],
+        "tokenizer": [lambda: tokenizer(WAVE)],
+        "audio": [lambda: mulan.get_audio_latents(WAVE)],
+        "text": [lambda: mulan.get_text_latents("a low tone")],
+    }
+    with torch.no_grad():
+        for weight in modules.get(part, mulan).parameters():
+            weight.fill_(torch.inf)
+    for call in calls[part]:
+        with pytest.raises(ValueError, match=r"are not finite .*look for NaN in the weights, or compute in float32"):
+            call()
+
+
+def test_musicgen_under_autocast():
+    """Its decode session allocates float32, which autocast must not mix with bfloat16 in the cross-attention."""
+    text = TextTowerEncoder(TextTransformer(dim=16, depth=1, heads=1))
+    musicgen = MusicGen(codec=small.small_soundstream(), text_conditioner=text, dim=16, depth=1, heads=1, max_seconds=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert musicgen.generate(texts="a low tone", seconds=0.05, seeds=0).waves[0].isfinite().all()

@@ -1,6 +1,7 @@
 """Constructors of all exported modules refuse sizes of zero, negative sizes and wrong types."""
 
 import inspect
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 import audiolm_pytorch
 import musiclm_pytorch
+from audiolm_pytorch.nn.transformer import Transformer
 from tests.helpers import small_models as small
 
 MODELS = {"dim": 16, "depth": 1, "heads": 2, "dim_head": 8}
@@ -99,9 +101,8 @@ def test_parts_of_a_stage_wrapper_have_the_names_of_its_arguments():
 
 # Arguments that are no attributes, by class, and why.
 NO_ATTRIBUTES = {
-    # They define the default networks and quantizer, which have them as attributes; passed parts replace these.
-    "SoundStream": {"use_lookup_free_quantizer", "use_finite_scalar_quantizer"}
-    | {"strides", "attn_window_size", "attn_depth"},
+    # They define the class of the default quantizer, which a passed quantizer replaces.
+    "SoundStream": {"use_lookup_free_quantizer", "use_finite_scalar_quantizer"},
 }
 # Attributes that already had the name, with another meaning: the linear heads of a stage, the channels of a codec's
 # audio; and default values that depend on other arguments.
@@ -120,6 +121,14 @@ def built_modules():
     for loss in (musiclm_pytorch.SigmoidContrastiveLearning, musiclm_pytorch.SoftmaxContrastiveLearning):
         yield loss.__name__, loss(), {}
     yield "TextTokenizer", musiclm_pytorch.TextTokenizer(), {}
+    sizes = {"dim": 16, "depth": 1, "heads": 1, "max_seconds": 1.0, "melody": True}
+    yield "MusicGen", musiclm_pytorch.MusicGen(codec=small.small_soundstream(), **sizes), sizes
+    tower = small.small_mulan().audio
+    yield "MelodyEmbedder", musiclm_pytorch.MelodyEmbedder(audio_transformer=tower), {"audio_transformer": tower}
+    yield "Transformer", Transformer(**MODELS, cross=True), {**MODELS, "cross": True}
+    if find_spec("constriction") is not None:
+        entropy = audiolm_pytorch.EntropyTransformer(**ARGUMENTS["EntropyTransformer"])
+        yield "EntropyCoder", audiolm_pytorch.EntropyCoder(entropy), {"model": entropy}
 
 
 def test_constructor_names_are_attributes():

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from audiolm_pytorch.checks.damage import LFS_POINTER, POINTER_REASON
+
 __all__ = ["AUDIO_SUFFIXES", "OTHER_AUDIO_SUFFIXES", "WRITE_SUBTYPES", "unreadable_reason"]
 
 # Suffixes of the formats that libsndfile can decode.
@@ -23,7 +25,7 @@ _FOREIGN = {
     b"%PDF": "it is a PDF document",
     b"\x89PNG": "it is a picture",
     b"\xff\xd8\xff": "it is a picture",
-    b"version https://git-lfs": "it is a pointer of Git LFS; download the file with git lfs pull",
+    LFS_POINTER: f"it {POINTER_REASON}",
 }
 # libsndfile returns these for every file whose format it does not recognise.
 _VAGUE_ERRORS = ("File does not exist", "System error", "Format not recognised", "No error")

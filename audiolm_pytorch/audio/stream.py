@@ -138,7 +138,8 @@ def partial_path(path: Path) -> Path:
 class AudioWriter:
     """Writer of an audio file in chunks; the file appears at `path` only when it is complete.
 
-    The first chunk creates the file and missing folders. An error in the `with` block leaves no partial file. Example:
+    The first chunk creates the file and missing folders. If `path` is a link, its target is written. An error in the
+    `with` block leaves no partial file. Example:
 
         with AudioWriter("music.wav", sample_hz=16000, channels=1) as writer:
             writer.write(wave)
@@ -162,7 +163,8 @@ class AudioWriter:
         check_rate(sample_hz)
         check_channels(channels)
         self._subtype = WRITE_SUBTYPES[suffix]
-        self._partial = partial_path(self.path)
+        self._target = self.path.resolve() if self.path.is_symlink() else self.path
+        self._partial = partial_path(self._target)
         self._file: soundfile.SoundFile | None = None
         self._num_samples = 0
         self._is_closed = False
@@ -181,7 +183,7 @@ class AudioWriter:
         columns = rearrange(wave.detach().to("cpu", torch.float32).numpy(), "c n -> n c")
         with self._errors():
             if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._target.parent.mkdir(parents=True, exist_ok=True)
                 # libsndfile would report neither a name that is too long nor a missing permission.
                 with suppress(FileNotFoundError):
                     self.path.lstat()
@@ -213,7 +215,7 @@ class AudioWriter:
                     raise ValueError(f"{self.path}: no samples were written; call write inside the `with` block")
                 self._check_complete()
                 with self._errors():
-                    os.replace(self._partial, self.path)
+                    os.replace(self._partial, self._target)
         finally:
             with suppress(OSError):
                 self._partial.unlink()

@@ -11,8 +11,9 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.padding import checked_lengths
+from audiolm_pytorch.checks.damage import check_finite
 from audiolm_pytorch.checks.tracing import is_traced
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import keep_arguments, typed
 from audiolm_pytorch.codecs.base import StreamingCodec
 from audiolm_pytorch.codecs.convolutional import ConvDecoder, ConvEncoder
 from audiolm_pytorch.codecs.networks import WaveDecoder, WaveEncoder
@@ -106,6 +107,10 @@ class SoundStream(StreamingCodec):
         self.num_quantizers, self.codebook_size = self.quantizer.num_quantizers, self.quantizer.codebook_size
         self.num_groups = self.rq_groups = self.quantizer.num_groups
         self.rq_num_quantizers, self.codebook_dim = self.num_quantizers // self.num_groups, self.encoder.dim
+        # Other networks than the default ones have other settings.
+        keep_arguments(
+            self, {name: value for name, value in getattr(self.encoder, "config", {}).items() if name in conv}
+        )
         self._check_compatible()
 
     def _check_compatible(self) -> None:
@@ -231,13 +236,18 @@ class SoundStream(StreamingCodec):
 
     def decoder_stream(self) -> DecoderStream:
         """Create a stream that decodes chunks of codes to the wave of `decode_from_codebook_indices(codes)`."""
-        return DecoderStream(self.decoder.stream(), self.quantizer.decode, self._check_codes)
+        return DecoderStream(
+            self.decoder.stream(),
+            self.quantizer.decode,
+            self._check_codes,
+            partial(check_finite, module=self, name="decoded samples"),
+        )
 
     def _encoder_stream(self, mask: Tensor | None, denoise: bool | Tensor) -> EncoderStream:
         self._check_denoise(denoise)
 
         def to_codes(frames: Tensor) -> Tensor:
-            return self.quantizer.encode(self._condition(frames, denoise))
+            return self.quantizer.encode(check_finite(self._condition(frames, denoise), self, "encoded frames"))
 
         return EncoderStream(self.encoder.stream(mask), to_codes, partial(self._check_wave, may_be_empty=True))
 

@@ -42,9 +42,13 @@ class DecoderStream:
     """Decodes one sequence of codes in chunks, created by `StreamingCodec.decoder_stream`."""
 
     def __init__(
-        self, waves: FrameStream, to_frames: Callable[[Tensor], Tensor], check: Callable[[Tensor], Tensor]
+        self,
+        waves: FrameStream,
+        to_frames: Callable[[Tensor], Tensor],
+        check: Callable[[Tensor], Tensor],
+        check_samples: Callable[[Tensor], Tensor],
     ) -> None:
-        self._waves, self._to_frames, self._check = waves, to_frames, check
+        self._waves, self._to_frames, self._check, self._check_samples = waves, to_frames, check, check_samples
 
     def push(self, codes: Tensor) -> Tensor:
         """Add codes `[b, f, q']`; return the samples `[b, c, n]` that later codes cannot change; n can be 0."""
@@ -52,7 +56,7 @@ class DecoderStream:
 
     def finish(self) -> Tensor:
         """Return the remaining samples `[b, c, n]` at the end of the codes."""
-        return self._waves.finish()
+        return self._check_samples(self._waves.finish())
 
     def decode_checked(self, codes: Tensor) -> Tensor:
         """Decode all codes `[b, f, q']` without checking the codes, with limited memory in addition to the wave."""
@@ -70,4 +74,5 @@ class DecoderStream:
     def _chunks(self, codes: Tensor, is_last: bool) -> Iterator[Tensor]:
         parts = codes.split(self._waves.max_frames(len(codes)), dim=1)
         for number, part in enumerate(parts, start=1):
-            yield from self._waves.chunks(self._to_frames(part), is_last and number == len(parts))
+            for wave in self._waves.chunks(self._to_frames(part), is_last and number == len(parts)):
+                yield self._check_samples(wave)

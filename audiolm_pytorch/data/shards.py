@@ -231,7 +231,7 @@ class TokenShards:
         self._records_per_chunk: int = index["records_per_chunk"]
         self._fields: dict[str, dict[str, Any]] = index["fields"]
         self._chunk_digests: list[str] = index["chunks"]
-        self._checked: set[int] = set()
+        self._checked: dict[int, list[tuple[int, ...]]] = {}  # states of the files of a chunk when it was checked
         self._max_open_chunks = max_open_chunks
         self._open: OrderedDict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = OrderedDict()
 
@@ -275,10 +275,15 @@ class TokenShards:
         return self.folder / f"chunk-{number:05d}"
 
     def _check_chunk(self, number: int) -> None:
-        """Check the digests of all files of a chunk, once per process; a changed file raises a ValueError."""
-        if number in self._checked:
-            return
+        """Check the digests of all files of a chunk, unless they were checked and have not changed since.
+
+        A changed file raises a ValueError.
+        """
         file = self._folder_of(number) / _FIELDS_NAME
+        files = [file.with_name(f"{name}{end}") for name in self._fields for end in _FILE_SUFFIXES]
+        states = [_state(path) for path in files]
+        if self._checked.get(number) == states:
+            return
         try:
             check_digest(file, self._chunk_digests[number])
             for name, field in read_json(file).items():
@@ -287,7 +292,7 @@ class TokenShards:
         except ValueError as error:
             again = f"or delete {file.parent} and {_INDEX_NAME}, and write the shards again"
             raise ValueError(f"{error}, {again}") from error
-        self._checked.add(number)
+        self._checked[number] = states
 
     def _offsets(self, number: int, name: str) -> np.ndarray:
         """Read the record offsets of a field, and check that they ascend."""
@@ -314,6 +319,15 @@ class TokenShards:
                 f"{(int(offsets[-1]), *field['shape'])}; write the shards again"
             )
         return values, offsets
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    """Return what changes if a file is written or replaced; () for a missing file."""
+    try:
+        status = file.stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _checked_index(folder: Path) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class EntropyCoder:
             from constriction import stream
         except ImportError as error:
             raise ImportError('entropy coding needs constriction: pip install "musiclm[entropy]"') from error
-        self.fingerprint, self.num_quantizers = model.fingerprint(), len(model.layout.heads)
+        self.model, self.fingerprint, self.num_quantizers = model, model.fingerprint(), len(model.layout.heads)
         self._queue, self._family = stream.queue, stream.model.Categorical(perfect=False)
         self._model = self._selected = model.first_levels(self.num_quantizers)
         window = min(model.window_frames or _MAX_WINDOW_FRAMES, _MAX_WINDOW_FRAMES)

@@ -268,8 +268,9 @@ class _CachedBlock:
     def _step_cross(self) -> None:
         shared, queries = self.buffers, self._cross_queries
         self._to_cross()
-        scores = torch.baddbmm(shared.cross_bias, queries, self._cross_keys, alpha=self._scale)
-        torch.bmm(scores.softmax(-1), self._cross_values, out=self._cross_attended)
+        with torch.autocast(queries.device.type, enabled=False):  # which would compute scores of another type
+            scores = torch.baddbmm(shared.cross_bias, queries, self._cross_keys, alpha=self._scale)
+            torch.bmm(scores.softmax(-1), self._cross_values, out=self._cross_attended)
         self._cross_out()
         shared.x.add_(shared.branch)
 

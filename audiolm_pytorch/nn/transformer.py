@@ -160,6 +160,8 @@ class Transformer(nn.Module):
         self.dim, self.depth, self.causal = dim, depth, causal
         self.heads, self.kv_heads, self.dim_head = heads, heads if kv_heads is None else kv_heads, dim_head
         self.checkpoint_blocks, self.forget_prob = checkpoint_blocks, forget_prob
+        self.ff_mult, self.dropout, self.feed_forward = ff_mult, dropout, feed_forward
+        self.positions, self.bias, self.cross, self.init_std = positions, bias, cross, init_std
         self.rotary = RotaryPositions(dim_head) if positions == "rotary" else None
         self.relative = RelativePositions(heads) if positions == "relative" else None
         self.sinusoidal = SinusoidalPositions(dim) if positions == "sinusoidal" else None

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from audiolm_pytorch.checks.damage import LFS_POINTER, POINTER_REASON
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.fingerprint import digest_of
 from audiolm_pytorch.saving.text import one_line
@@ -47,7 +48,6 @@ __all__ = [
 _MAX_JSON_BYTES, _MAX_JSON_CONTAINERS = 2**26, 2**21
 _SEAL = "sha256"
 _STAGE_PREFIX = ".writing-"
-_LFS_POINTER = b"version https://git-lfs"
 # While the digest of a sealed file is computed, zeros take its place.
 _NO_DIGEST = "0" * 64
 _TEMPORARY = ".tensors"
@@ -251,8 +251,8 @@ def open_weights(path: str | Path) -> Iterator[WeightsFile]:
 def _check_no_pointer(path: Path) -> None:
     """Raise a ValueError if a file is what Git LFS leaves in place of a large file."""
     with path.open("rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise ValueError(f"{path} is a pointer of Git LFS; download the file with git lfs pull")
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} {POINTER_REASON}")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from audiolm_pytorch.saving.weights import weights_of
 
 __all__ = ["cached_fingerprint", "digest_of", "fingerprint_of", "nameless_fingerprint", "part_fingerprint", "state_of"]
 
+_NUM_STATE_VALUES = 32
 # The last fingerprint of each module, with the facts and the tensor states that it was computed from.
 _cache: WeakKeyDictionary[nn.Module, tuple[str, list[tuple[ref[Tensor], tuple[int, int]]], str]] = WeakKeyDictionary()
 
@@ -63,7 +64,7 @@ def cached_fingerprint(module: nn.Module, facts: str, compute: Callable[[], str]
     """Return the fingerprint of a module; call `compute` only if weights or `facts` changed since the last call.
 
     Without the cache, hashing 95 million weights takes half a second per call. The cache detects in-place writes to
-    weights and replaced weights (`module.half()`, EMA), but not writes to `tensor.data`.
+    weights and replaced weights (`module.half()`, EMA), and writes to `tensor.data` that change most of a tensor.
     """
     tensors = [value for value in module.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
     if any(tensor.is_inference() for tensor in tensors):  # inference tensors do not count writes
@@ -81,8 +82,14 @@ def cached_fingerprint(module: nn.Module, facts: str, compute: Callable[[], str]
 
 
 def state_of(tensor: Tensor) -> tuple[int, int]:
-    """Return the number of writes to a tensor (0 for an inference tensor), and a hash of its address and dtype."""
-    return 0 if tensor.is_inference() else tensor._version, hash((tensor.data_ptr(), tensor.dtype))
+    """Return the number of writes to a tensor (0 for an inference tensor), and a hash of address, type and some values.
+
+    The values are hashed because torch does not count writes to `tensor.data`.
+    """
+    values = b""
+    if not tensor.is_meta and tensor.numel():
+        values = bytes(_bytes_of(tensor.detach().reshape(-1)[:: -(-tensor.numel() // _NUM_STATE_VALUES)]))
+    return 0 if tensor.is_inference() else tensor._version, hash((tensor.data_ptr(), tensor.dtype, values))
 
 
 def _bytes_of(tensor: Tensor) -> Any:

@@ -20,7 +20,7 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.files import read_versioned, temporary_folder, write_json
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.modules import MODULE_MARKS, load_module, save_module
-from audiolm_pytorch.saving.ownership import check_overwrite
+from audiolm_pytorch.saving.ownership import check_overwrite, is_own
 from audiolm_pytorch.saving.sources import bundled_models
 from audiolm_pytorch.saving.weights import weights_of
 
@@ -56,6 +56,11 @@ def write_model_folder(
             raise ValueError(f"the {part} is not the bundled module {name}: their fingerprints differ; store the part")
     parts = {part: module for part, module in parts.items() if part not in (bundled or {})}
     check_overwrite(folder / card, CARD_MARKS)
+    for other in sorted(folder.glob("*.json")):
+        if other.name != card and is_own(other, CARD_MARKS):
+            raise ValueError(
+                f"{folder} contains another model ({other.name}), whose parts would be replaced; save to another folder"
+            )
     for part in parts:
         check_overwrite(folder / part / _CONFIG, MODULE_MARKS, [folder / part / _WEIGHTS])
     # `_swap` moves the config of a part away after its weights, so that weights without a config are not of a model.

@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.padding import checked_lengths
+from audiolm_pytorch.checks.damage import check_finite
 from audiolm_pytorch.checks.tracing import is_traced, split_rows
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.kmeans import nearest_centroid
@@ -117,6 +118,7 @@ class KMeansTokenizer(SemanticTokenizer):
             self.num_frames(wave.shape[1])
             wave = wave[:, : self.cut_samples(wave.shape[1])]
         features, mask = self.encoder.features(wave, lengths, self.layer)
+        check_finite(features, self, "hidden states of the encoder", mask)
         chunks = split_rows(rearrange(features, "b t d -> (b t) d"), _FRAMES_PER_CHUNK)
         ids = [nearest_centroid((chunk.float() - self.mean) / self.std, self.centroids) for chunk in chunks]
         return rearrange(torch.cat(ids), "(b t) -> b t", b=len(wave)).masked_fill(~mask, -1)

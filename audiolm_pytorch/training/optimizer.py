@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -79,6 +80,8 @@ class PhaseOptimizer:
                 f"parameters of the phase ({', '.join(self._names[:3])}, ...); for several phases, pass a dict by phase"
             )
         for group in optimizer.param_groups:
+            # a resumed run has Python numbers, from which a schedule computes other rates than from numpy's float32
+            group.update({name: value.item() for name, value in group.items() if isinstance(value, np.generic)})
             group.setdefault("initial_lr", group["lr"])
         return optimizer
 

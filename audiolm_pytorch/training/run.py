@@ -172,7 +172,7 @@ class TrainingRun:
         return TrainResult(progress.step, dict(progress.metrics))
 
     def _stop_if_requested(self, request: StopRequest) -> None:
-        """End with a checkpoint if any process has received SIGTERM or Ctrl-C."""
+        """End with a checkpoint if any process has received a signal to stop."""
         number = request.number
         if self.accelerator.num_processes > 1:
             # all processes end after the same step; a signal that arrives now counts at the next step

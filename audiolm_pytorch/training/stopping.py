@@ -1,4 +1,4 @@
-"""The one place where SIGTERM and Ctrl-C end a training, after the current unit of work."""
+"""The one place where SIGTERM, SIGHUP and Ctrl-C end a training, after the current unit of work."""
 
 import signal
 import threading
@@ -11,13 +11,14 @@ from audiolm_pytorch.saving.text import logger_named
 
 __all__ = ["StopRequest", "end_by_signal", "stop_signals"]
 
-_SIGTERM_STATUS = 128 + signal.SIGTERM
+# SIGHUP arrives when the terminal is closed; Windows does not have it.
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 logger = logger_named(__name__)
 
 
 class StopRequest:
-    """The number of the first SIGTERM or SIGINT (Ctrl-C) in a `stop_signals` block, or 0; a second signal raises."""
+    """The number of the first signal in a `stop_signals` block, or 0; a second signal raises."""
 
     def __init__(self, at_once: bool) -> None:
         self.number = 0
@@ -36,17 +37,17 @@ class StopRequest:
 
 
 def end_by_signal(number: int, place: str) -> None:
-    """Raise KeyboardInterrupt after SIGINT, and SystemExit with status 143 after SIGTERM, which also logs a warning."""
+    """Raise KeyboardInterrupt after SIGINT; log other signals, and raise SystemExit (SIGTERM: 143, SIGHUP: 129)."""
     message = f"stopped by {signal.Signals(number).name} {place}".rstrip()
     if number == signal.SIGINT:
         raise KeyboardInterrupt(message)
     logger.warning("%s", message)
-    raise SystemExit(_SIGTERM_STATUS)
+    raise SystemExit(128 + number)
 
 
 @contextmanager
 def stop_signals(at_once: bool = False) -> Iterator[StopRequest]:
-    """Receive SIGTERM and SIGINT inside a `with` block; afterwards the handlers of the caller are active again.
+    """Receive SIGTERM, SIGHUP and SIGINT (Ctrl-C) in a `with` block; then the handlers of the caller are active again.
 
     The work in the block calls `end_if_requested` where it can end without a loss. With `at_once`, a signal ends the
     block immediately. Signals that the caller ignores stay ignored. Only the main thread can receive signals; in other
@@ -55,7 +56,7 @@ def stop_signals(at_once: bool = False) -> Iterator[StopRequest]:
     request = StopRequest(at_once)
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, request)

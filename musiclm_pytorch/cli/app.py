@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from audiolm_pytorch.saving.text import logger_named, printable
-from musiclm_pytorch.cli.checks import OneLineFormatter, printable_line
+from musiclm_pytorch.cli.checks import OneLineFormatter, check_words, printable_line
 from musiclm_pytorch.cli.settings import PresetOptions, split_settings
 
 __all__ = ["main"]
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `musiclm` command with `arguments`, by default the command-line arguments of the process.
 
     The returned exit status is 0 after success, 2 after an error that is printed on standard error, 130 after Ctrl-C,
-    141 if the reader of standard output has ended, and 143 after SIGTERM.
+    129 after SIGHUP, 141 if the reader of standard output has ended, and 143 after SIGTERM.
     """
     if sys.stderr is None:  # closed by the shell, as by 2>&-
         sys.stderr = open(os.devnull, "w")
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logger_named("audiolm_pytorch.saving.sources").setLevel(logging.INFO)  # the licence of every model
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        check_words(words)
         if words[:1] == ["train"] and words[1:2] and words[1] in _TRAININGS:
             class_ = getattr(import_module(f"musiclm_pytorch.cli.{words[1]}"), _TRAININGS[words[1]])
             command = _parsed(class_, words[2:], prog=f"musiclm train {words[1]}")

@@ -20,6 +20,7 @@ __all__ = [
     "check_folder",
     "check_needs",
     "check_seconds",
+    "check_words",
     "device_named",
     "printable_line",
 ]
@@ -31,6 +32,18 @@ _MAX_NUMBER = 2**32  # limit of the seeds of scikit-learn
 def printable_line(text: str) -> str:
     """Return a text as one line in which control characters, such as ESC in a file name, are escaped."""
     return printable(" ".join(text.split()))
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Raise a ValueError if a word of the command line is empty, since an empty path would be the current folder.
+
+    The text of `generate` is checked by this command.
+    """
+    for before, word in zip(["", *words], words):
+        option, is_pair, value = word.partition("=")
+        if before != "generate" and not (value if is_pair and option.startswith("--") else word):
+            place = f"of {option}" if option else f"after {before or 'musiclm'}"
+            raise ValueError(f"the value {place} is empty, perhaps from an unset variable; the current folder is .")
 
 
 @dataclass(frozen=True, kw_only=True)

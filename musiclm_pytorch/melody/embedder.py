@@ -83,6 +83,11 @@ class MelodyEmbedder(SavedModule):
         self.register_buffer("fitted", torch.tensor(False))
 
     @property
+    def audio_transformer(self) -> AudioSpectrogramTransformer:
+        """The audio tower, which has the name `audio` in `state_dict`."""
+        return self.audio
+
+    @property
     def config(self) -> dict[str, Any]:
         """JSON-able constructor arguments, in which a class name and a config describe the transformer."""
         names = ("dim_latent", "window_seconds", "hop_seconds", "rq_num_quantizers", "codebook_size")

@@ -12,6 +12,7 @@ from torch import Tensor
 from audiolm_pytorch.audio.mel import mel_edges, triangular_filters
 from audiolm_pytorch.audio.padding import items_by_length
 from audiolm_pytorch.audio.waves import mono_waves
+from audiolm_pytorch.checks.damage import check_finite
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.published_text import PublishedText, tokenizer_of
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
@@ -195,7 +196,9 @@ class ClapMuLaN(JointEmbedding):
         # Input of models that fuse: no clip is a crop of a longer one.
         is_longer = torch.zeros(len(spectrograms), 1, dtype=torch.bool, device=spectrograms.device)
         pooled = self.model.audio_model(input_features=features, is_longer=is_longer).pooler_output
-        return F.normalize(self.model.audio_projection(pooled).float(), dim=-1)
+        return check_finite(
+            F.normalize(self.model.audio_projection(pooled).float(), dim=-1), self, "latents of the audio"
+        )
 
     @torch.no_grad()
     def get_text_latents(self, texts: str | Sequence[str] | Tensor) -> Tensor:
@@ -204,4 +207,5 @@ class ClapMuLaN(JointEmbedding):
         ids = self.tokenize(texts).to(device)
         with torch.autocast(device.type, enabled=False):
             pooled = self.model.text_model(**self._text.inputs(ids)).pooler_output
-            return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
+            latents = F.normalize(self.model.text_projection(pooled).float(), dim=-1)
+        return check_finite(latents, self, "latents of the texts")

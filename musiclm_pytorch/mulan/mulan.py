@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from audiolm_pytorch.audio.waves import mono_waves
+from audiolm_pytorch.checks.damage import check_finite
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.modules import build_module, module_spec, register
 from musiclm_pytorch.mulan.audio_tower import AudioSpectrogramTransformer
@@ -151,11 +152,13 @@ class MuLaN(JointEmbedding):
 
     def get_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Embed clips without windows; see `JointEmbedding`."""
-        return _unit_rows(self.audio(wavs, lengths).unsqueeze(0), [self.audio_to_latent])[:, 0]
+        latents = _unit_rows(self.audio(wavs, lengths).unsqueeze(0), [self.audio_to_latent])[:, 0]
+        return check_finite(latents, self, "latents of the audio")
 
     def get_text_latents(self, texts: str | Sequence[str] | Tensor) -> Tensor:
         """Embed texts; see `JointEmbedding`."""
-        return _unit_rows(self.text.embed_layers(texts, layers=(self.text.depth,)), [self.text_to_latent])[:, 0]
+        latents = _unit_rows(self.text.embed_layers(texts, layers=(self.text.depth,)), [self.text_to_latent])[:, 0]
+        return check_finite(latents, self, "latents of the texts")
 
 
 def _unit_rows(states: Tensor, heads: Sequence[Any]) -> Tensor:

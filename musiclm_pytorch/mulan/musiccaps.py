@@ -53,7 +53,12 @@ class CaptionedClip:
     def file_names(self) -> tuple[str, ...]:
         """File names without suffix that download tools use for the clip, the most precise name first."""
         start, end = _plain(self.start_seconds), _plain(self.end_seconds)
-        return f"[{self.ytid}]-[{start}-{end}]", f"{self.ytid}-{start}", self.ytid
+        return f"[{self.ytid}]-[{start}-{end}]", f"{self.ytid}_{start}_{end}", f"{self.ytid}-{start}"
+
+    @property
+    def video_names(self) -> tuple[str, ...]:
+        """File names without suffix of the only clip of a video; yt-dlp writes a title before the second name."""
+        return self.ytid, f"[{self.ytid}]"
 
 
 @dataclass(frozen=True)
@@ -86,23 +91,25 @@ class MusicCapsItems:
 def musiccaps_items(table: str | Path, clips: str | Path) -> MusicCapsItems:
     """Find the clips of the MusicCaps table in a folder; raise a ValueError if no clip can be used.
 
-    The files in the folder and its subfolders are named `{ytid}`, `{ytid}-{start}` or `[{ytid}]-[{start}-{end}]`, with
-    seconds as in the table. If several files have the same name, the first file is used.
+    The files in the folder and its subfolders are named `{ytid}`, `{title} [{ytid}]`, `{ytid}-{start}`,
+    `{ytid}_{start}_{end}` or `[{ytid}]-[{start}-{end}]`, with seconds as in the table. If several files have the same
+    name, the first file is used.
     """
     table, clips = Path(table), Path(clips)
     described = read_musiccaps(table)
     scan = scan_folder(clips)
     files: dict[str, Path] = {}
     for path in scan.audio:
-        files.setdefault(path.stem, path)
-    unreadable = {rejected.path.stem: rejected for rejected in scan.rejected}
+        for name in _names(path):
+            files.setdefault(name, path)
+    unreadable = {name: rejected for rejected in scan.rejected for name in _names(rejected.path)}
     left_out: list[Rejected] = []
     num_of_video = Counter(clip.ytid for clip in described)
     found: list[tuple[CaptionedClip, Path]] = []
     missing: list[CaptionedClip] = []
     for clip in described:
         # If several parts of a video are described, the id of the video alone is ambiguous.
-        names = clip.file_names if num_of_video[clip.ytid] == 1 else clip.file_names[:-1]
+        names = clip.file_names + (clip.video_names if num_of_video[clip.ytid] == 1 else ())
         file = next((files[name] for name in names if name in files), None)
         other = next((unreadable[name] for name in names if name in unreadable), None)
         if file is not None:
@@ -112,13 +119,18 @@ def musiccaps_items(table: str | Path, clips: str | Path) -> MusicCapsItems:
         else:
             missing.append(clip)
     if not found and not left_out:
-        first = " or ".join(f"{name}.wav" for name in described[0].file_names)
+        first = " or ".join(f"{name}.wav" for name in described[0].file_names + described[0].video_names)
         raise ValueError(f"{clips}: contains none of the {len(described)} clips of {table}; expected e.g. {first}")
     if missing:
         ids = _list_names([clip.ytid for clip in missing])
         logger.warning("%s: %d of %d clips of %s are missing: %s", clips, len(missing), len(described), table, ids)
     report = check_entries([_entry(clip, path) for clip, path in found], clips, left_out=left_out)
     return MusicCapsItems(*_without_whole_videos(report, clips), missing)
+
+
+def _names(path: Path) -> list[str]:
+    """Return the name of a file without suffix, and an id in brackets at its end, as in `title [id].wav`."""
+    return [path.stem, *re.findall(r"\[[\w-]+\]$", path.stem)]
 
 
 def _entry(clip: CaptionedClip, path: Path) -> ItemEntry:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from audiolm_pytorch.audio.units import check_durations, frames_inside, samples_covering
-from audiolm_pytorch.checks.types import typed, usable_device
+from audiolm_pytorch.checks.types import keep_arguments, typed, usable_device
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor, TextEncoder
 from audiolm_pytorch.generation.prompts import acoustic_tokens
@@ -126,8 +126,8 @@ class MusicGen(SharedModel):
             )
         check_compatible(transformer, codec=codec, text_conditioner=text_conditioner)
         self.codec, self.text_conditioner, self.transformer = codec, text_conditioner, transformer
-        frames = transformer.melody_frames
-        self.chroma = None if frames is None else ChromaConditioner(frames)
+        self.chroma = None if transformer.melody_frames is None else ChromaConditioner(transformer.melody_frames)
+        keep_arguments(self, {"melody": self.chroma is not None, **transformer.config})
         self.train(False)
 
     @classmethod

@@ -155,3 +155,13 @@ def test_a_finished_stream_accepts_no_more(to_hz: int) -> None:
     assert first.shape[1] + stream.finish().shape[1] == 800 * to_hz // 8000 and stream.finish().shape == (1, 0)
     with pytest.raises(ValueError, match="the wave is finished; create another StreamingResampler"):
         stream.push(torch.rand(1, 800))
+
+
+def test_the_target_of_a_link_is_written(tmp_path):
+    """A link, also one whose target does not exist yet, stays a link, as with other programs that write files."""
+    link, target = tmp_path / "link.wav", tmp_path / "disk" / "sound.flac"
+    link.symlink_to(target)
+    for num_samples in (10, 20):
+        write_audio(link, torch.zeros(num_samples), 8000)
+        assert link.is_symlink() and soundfile.info(target).frames == num_samples
+    assert [file.name for file in target.parent.iterdir()] == [target.name]

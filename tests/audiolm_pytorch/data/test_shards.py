@@ -311,3 +311,22 @@ def test_a_bit_flip_in_a_chunk_is_found_when_the_chunk_is_opened(tmp_path: Path)
     digest = TokenShards(tmp_path / "s").digest
     write_shards(tmp_path / "t", lambda number: {"a": np.arange(number + 1)}, 8, {})
     assert TokenShards(tmp_path / "t").digest != digest
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_chunks_that_change_after_their_check_are_named(tmp_path: Path, is_replaced: bool) -> None:
+    """A training reads chunks hours after it has checked them; others of equal shape must not be trained on."""
+    write_shards(tmp_path / "s", lambda number: {"a": np.full(4, number + 1)}, 8, {}, 4)
+    write_shards(tmp_path / "other", lambda number: {"a": np.full(4, number + 5)}, 8, {}, 4)
+    shards = TokenShards(tmp_path / "s")
+    assert shards.longest("a") == 4 and shards[0]["a"][0] == 1
+    chunk = tmp_path / "s" / "chunk-00001"
+    if is_replaced:
+        shutil.rmtree(chunk)
+        shutil.copytree(tmp_path / "other" / "chunk-00001", chunk)
+    else:
+        data = (chunk / "a.npy").read_bytes()
+        (chunk / "a.npy").write_bytes(data[:-2] + b"zz")
+    with pytest.raises(ValueError, match="chunk-00001.* has changed since it was written"):
+        shards[4]
+    assert shards[3]["a"][0] == 4

@@ -59,6 +59,15 @@ def test_files_of_others_are_not_overwritten(musiclm, tmp_path, name):
         (tmp_path / "musiclm.json").unlink()  # as after a save that was killed
 
 
+def test_another_model_is_not_replaced_in_part(musiclm, tmp_path):
+    """An AudioLM would replace the codec of a MusicLM in the folder, and leave its stages."""
+    musiclm.save_pretrained(tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="contains another model .musiclm.json.*save to another folder"):
+        musiclm.audio_lm.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
 def test_audiolm_comes_back(tmp_path):
     """An AudioLM without fine stage and conditioner keeps only the parts that it has."""
     whole = small_audiolm()

@@ -19,6 +19,7 @@ from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from audiolm_pytorch.saving.modules import build_module, load_module, module_spec, read_config, register, save_module
 from audiolm_pytorch.saving.weights import load_weights, weights_of
 from audiolm_pytorch.training.ema import WeightEMA
+from tests.helpers.small_models import small_soundstream
 
 
 @register
@@ -379,3 +380,12 @@ def test_loading_does_not_import_the_compiler_of_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+def test_writes_to_the_data_of_weights_change_the_fingerprint():
+    """torch does not count these writes, which copies of averaged weights use."""
+    module = small_soundstream()
+    fingerprint = module.fingerprint()
+    for weight in module.parameters():
+        weight.data.mul_(1.5)
+    assert module.fingerprint() != fingerprint

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -89,8 +90,9 @@ def test_same_numbers_give_the_same_bits(tmp_path: Path) -> None:
         pytest.param(partial(PythonState, lr=1e-2), None, marks=pytest.mark.slow),
         pytest.param(None, warmup_then_milestones, marks=pytest.mark.slow),
         ({"critic": SGD}, {"main": partial(MultiStepLR, milestones=[3, 7, 8])}),
+        (partial(SGD, lr=np.float32(1e-2), momentum=np.float64(0.9)), partial(MultiStepLR, milestones=[3], gamma=0.1)),
     ],
-    ids=["sgd", "adagrad", "nadam-onecycle", "python-numbers", "sequential", "by-phase"],
+    ids=["sgd", "adagrad", "nadam-onecycle", "python-numbers", "sequential", "by-phase", "numpy-numbers"],
 )
 def test_resume_is_exact(optimizer: Any, schedule: Any, tmp_path: Path) -> None:
     """Three pieces equal one run, with a phase that begins later: state of optimizer, groups and schedule."""

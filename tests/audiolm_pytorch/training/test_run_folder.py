@@ -189,8 +189,8 @@ def test_only_the_named_settings_may_change(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "expected"),
-    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)],
-    ids=["Ctrl-C", "SIGTERM"],
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit)],
+    ids=["Ctrl-C", "SIGTERM", "closed terminal"],
 )
 def test_a_signal_ends_the_step_and_writes_a_checkpoint(
     tmp_path: Path,
@@ -200,14 +200,15 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
     expected: type[BaseException],
 ) -> None:
     """No step is lost: the step ends, its number is named, and the resumed run equals the straight one."""
-    handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(one) for one in signals]
     task = ToyTask(on_batch=lambda count: os.kill(os.getpid(), number) if count == 7 else None)
     with pytest.raises(expected) as raised, caplog.at_level(logging.WARNING):
         TrainLoop(task, SETTINGS, tmp_path / "run").train()
     message = str(raised.value) if number == signal.SIGINT else caplog.text
     assert f"stopped by {number.name} after step 7 of 12 of the toy" in message
-    assert number == signal.SIGINT or raised.value.args == (143,)
-    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert number == signal.SIGINT or raised.value.args == (128 + number,)
+    assert [signal.getsignal(one) for one in signals] == handlers
     assert task.batches_made == 7
     loop = TrainLoop(ToyTask(seed=4), SETTINGS, tmp_path / "run")
     assert loop.train(stop_after_steps=1).step == 8

@@ -315,6 +315,9 @@ text and story | generate x --story DATA/00.wav --out TMP/x.wav | got the text '
 no story | generate --story TMP/none.txt --out TMP/x.wav | cannot read the story TMP/none.txt
 story of noise | generate --story JUNK/noise.wav --out TMP/x.wav | noise.wav
 empty text | generate '' --out TMP/x.wav | text is empty; describe the music
+empty input | codec encode '' --out TMP/codes | value after encode is empty, perhaps from an unset variable
+empty path | train all --data DATA --out '' | the value after --out is empty
+empty value | train all --data= --out TMP/out | the value of --data is empty
 negative seconds | generate x --seconds -1 --out TMP/x.wav | --seconds must be above 0 .*-1
 seconds nan | generate x --seconds nan --out TMP/x.wav | --seconds must be above 0 .*nan
 seconds inf | generate x --seconds inf --out TMP/x.wav | --seconds must be above 0 and at most 3600, got inf

@@ -105,7 +105,7 @@ def test_a_folder_without_the_clips_is_an_error(tmp_path, write_tone):
     with pytest.raises(ValueError, match="clips: no such folder"):
         musiccaps_items(table, tmp_path / "clips")
     write_tone("clips/song.wav")
-    names = rf"{IDS[0]}\]-\[30-31\].wav or {IDS[0]}-30.wav or {IDS[0]}.wav"
+    names = rf"{IDS[0]}\]-\[30-31\].wav or {IDS[0]}_30_31.wav or {IDS[0]}-30.wav or {IDS[0]}.wav or \[{IDS[0]}\].wav"
     with pytest.raises(ValueError, match=rf"contains none of the 1 clips of .*table.csv; expected e.g. \[{names}"):
         musiccaps_items(table, tmp_path / "clips")
 
@@ -293,6 +293,15 @@ def test_clips_as_yt_dlp_leaves_them(tmp_path, write_tone, caplog):
         (tmp_path / "clips" / name).unlink()
     with pytest.raises(ValueError, match="can be used: .*m4a .*cannot be decoded; convert it"):
         musiccaps_items(table, tmp_path / "clips")
+
+
+def test_names_that_download_tools_write(tmp_path, write_tone):
+    """The title before the id of yt-dlp, the id in brackets, and the times of the clip after underscores."""
+    names = [f"A title (live) [{IDS[0]}].wav", f"[{IDS[1]}].wav", f"{IDS[2]}_30_31.wav"]
+    for name in names:
+        write_tone(f"clips/{name}")
+    table = write_table(tmp_path / "table.csv", [row(ytid) for ytid in IDS[:3]])
+    assert [item.path.name for item in musiccaps_items(table, tmp_path / "clips").items] == names
 
 
 def test_missing_captions_of_tables(tmp_path):
