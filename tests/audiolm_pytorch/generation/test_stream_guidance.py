@@ -99,7 +99,7 @@ def test_guidance_makes_a_trained_stage_follow_its_input():
         found = decode(model, {"s": asked}, {"a": 30}, settings=settings, seeds=list(range(20))).streams["a"]
         shares.append(float((found == asked).float().mean()))
     assert shares[0] == pytest.approx(0.25, abs=0.08)  # without the input, tokens are right by chance
-    assert shares[1] == pytest.approx(0.62, abs=0.1) and shares[2] > shares[1] + 0.15
+    assert shares[1] == pytest.approx(0.62, abs=0.15) and shares[2] > shares[1] + 0.15
 
 
 def test_a_guided_coarse_stage_needs_no_condition(tmp_path):

@@ -116,14 +116,16 @@ def test_a_random_hubert_agrees_with_itself_in_windows():
     from audiolm_pytorch.semantic.pretrained.encoder import TransformersEncoder
 
     pytest.importorskip("transformers")
-    generator = torch.Generator().manual_seed(5)
-    loudness = torch.rand(1, 40, generator=generator).repeat_interleave(1600, dim=1)
-    wave = 0.3 * loudness * torch.randn(1, 64_000, generator=generator).cumsum(dim=1).sin()
+    generator = torch.Generator().manual_seed(6)
+    loudness = torch.rand(1, 40, generator=generator) * torch.tensor([0.05, 1.0, 0.2, 0.02]).repeat_interleave(10)
+    wave = torch.randn(1, 64_000, generator=generator).cumsum(dim=1).sin()
+    wave *= 0.3 * loudness.repeat_interleave(1600, dim=1)
     model = tiny_hubert(num_layers=3)
     whole = TransformersEncoder(LoadedModel(model)).features(wave)[0][0]
     windowed = TransformersEncoder(LoadedModel(model), window_seconds=1.0, context_seconds=0.5).features(wave)[0][0]
     assert whole.shape == windowed.shape == (199, 16) and not torch.equal(whole, windowed)
+    # 0.09 when this was written, 0.19 if the group norm is computed per window
+    assert (windowed - whole).norm() < 0.14 * whole.norm()
     centroids = whole[torch.randperm(199, generator=generator)[:32]]
     agreement = (nearest_centroid(whole, centroids) == nearest_centroid(windowed, centroids)).float().mean().item()
-    # 0.82 when this was written, 0.76 if the group norm is computed per window; chance is 0.03
-    assert agreement > 0.78
+    assert agreement > 0.5  # 0.63 when this was written; chance is 0.03

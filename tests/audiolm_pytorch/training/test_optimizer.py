@@ -180,6 +180,7 @@ def test_another_optimizer_is_not_resumed(change: dict[str, Any], steps: int | N
         TrainLoop(ToyTask(), replace(settings, **change), tmp_path).train()
 
 
+@pytest.mark.slow
 def test_allowed_changes_of_optimizer_and_schedule_take_effect(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

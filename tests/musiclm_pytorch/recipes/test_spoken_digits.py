@@ -213,6 +213,7 @@ def test_recipe_runs_and_continues(items: list[AudioItem], tmp_path: Path, monke
         "NUM_SAMPLES": 4,
         "MEMORY_SECONDS": (1, 2),
         "MEMORY_RUNS": 1,
+        "_SIZES": {"dim": 32, "depth": 1, "heads": 1},
     }.items():
         monkeypatch.setattr(spoken_digits, name, value)
     monkeypatch.setattr(
@@ -230,7 +231,13 @@ def test_recipe_runs_and_continues(items: list[AudioItem], tmp_path: Path, monke
         and "Confidence in real clips" in (tmp_path / "metrics.md").read_text()
     )
     rows = {stage: (tmp_path / stage / "metrics.jsonl").read_text() for stage in ("codec", "semantic", "fine")}
-    spoken_digits.main(data, tmp_path, scale=0.001)
+
+    def evaluated(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(spoken_digits, "evaluate", evaluated)  # the first run has measured the model
+    with pytest.raises(KeyboardInterrupt):
+        spoken_digits.main(data, tmp_path, scale=0.001)
     assert rows == {stage: (tmp_path / stage / "metrics.jsonl").read_text() for stage in rows}
     with pytest.raises(ValueError, match="codec"):
         open_audiolm(tmp_path / "nowhere")

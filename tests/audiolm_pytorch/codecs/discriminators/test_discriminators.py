@@ -278,13 +278,13 @@ def tones(num_items: int) -> Tensor:
     "make",
     [
         lambda: MultiScaleWaveDiscriminator(width=4, scales=2),
-        lambda: ComplexSTFTDiscriminator(width=4, window_samples=256, hop_samples=64),
-        lambda: MultiScaleSTFTDiscriminator(width=4),
+        lambda: ComplexSTFTDiscriminator(width=4, window_samples=128, hop_samples=64),
+        lambda: MultiScaleSTFTDiscriminator(width=4, windows_samples=(256, 128)),
     ],
     ids=KINDS,
 )
 def test_discriminator_learns_to_separate_clean_from_noisy_tones(make):
-    """Architecture and loss together: the hinge loss on unseen tones falls from 2 to below 0.5."""
+    """Architecture and loss together: within 400 steps the hinge loss on unseen tones falls from 2 to below 0.5."""
     torch.manual_seed(0)
     discriminator = make()
     optimizer = torch.optim.AdamW(discriminator.parameters(), lr=3e-3, betas=(0.5, 0.9))
@@ -295,15 +295,15 @@ def test_discriminator_learns_to_separate_clean_from_noisy_tones(make):
         noisy = noisy + 0.3 * torch.randn_like(noisy)
         return discriminator_hinge(discriminator(clean), discriminator(noisy))
 
-    with torch.no_grad():
-        assert hinge(32).item() == pytest.approx(2.0, abs=0.2)
-    for _ in range(16):
-        for _ in range(25):
-            optimizer.zero_grad()
-            hinge(8).backward()
-            optimizer.step()
+    def unseen() -> float:
         with torch.no_grad():
-            unseen = hinge(64).item()
-        if unseen < 0.3:
-            break
-    assert unseen < 0.5
+            return hinge(32).item()
+
+    assert unseen() == pytest.approx(2.0, abs=0.2)
+    for step in range(400):
+        optimizer.zero_grad()
+        hinge(8).backward()
+        optimizer.step()
+        if step % 10 == 9 and unseen() < 0.5:
+            return
+    pytest.fail(f"the loss is {unseen():.2f}")

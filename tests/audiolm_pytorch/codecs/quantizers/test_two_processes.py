@@ -14,7 +14,7 @@ from audiolm_pytorch.saving.files import read_weights, write_weights
 from tests.helpers.processes import run_two_processes
 
 KINDS = {"residual": {}, "groups": {"groups": 2}, "lookup_free": {"lookup_free": True}}
-DIM, LEVELS, STEPS = 8, 3, 20
+DIM, LEVELS, STEPS = 8, 3, 9
 # Frames that each process holds: unequal where the codes move, equal where gradients are averaged.
 NUM_FRAMES = (90, 40)
 
@@ -99,7 +99,7 @@ def test_two_processes_equal_one_with_both_batches(tmp_path: Path) -> None:
             torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-5, msg=f"{name} {key}")
         assert len(set(one["levels"].tolist())) > 1
         if "lookup_free" not in kind:
-            assert one["revived"] > 40
+            assert one["revived"] > 30
 
 
 if __name__ == "__main__":

@@ -168,9 +168,9 @@ def test_the_flag_reaches_every_row_of_the_condition(data, tmp_path):
 @pytest.mark.slow
 def test_the_flag_removes_noise_from_held_out_mixtures(data, tmp_path):
     """Trained on tones in hiss, the codec is nearer to the clean sound with the flag, on held-out clips."""
-    codec = denoising_codec(dim=48, depth=2, codebook_size=64, num_quantizers=4)
-    trainer = trainer_of(data, tmp_path, 300, codec, batch_size=8, warmup_steps=20, validate_every=300)
-    trainer.train()
+    codec = denoising_codec(dim=32, codebook_size=64, num_quantizers=4)
+    settings = dict(batch_size=8, learning_rate=3e-3, warmup_steps=20, validate_every=160)
+    trainer_of(data, tmp_path, 160, codec, **settings).train()
     codec.eval()
     held_out = NoiseMixer(
         crops(data / "clean", 1.0, slice(5, 6)), crops(data / "noise", 1.0, slice(5, 6)),
