@@ -117,7 +117,7 @@ def test_a_guided_coarse_stage_needs_no_condition(tmp_path):
                 audio_lm.coarse_transformer = CoarseTransformer(**{**stage.config, "guide_semantic": True})
                 audio_lm.coarse_transformer.load_state_dict(stage.state_dict())
             audio_lm.sampling = {name: SamplingSettings(guidance_scale=scale) for name in audio_lm.stages}
-            waves.append(audio_lm.generate(GenerationRequest(seconds=0.3, seeds=1)).acoustic)
+            waves.append(audio_lm.generate(GenerationRequest(seconds=0.6, seeds=1)).acoustic)
     assert torch.equal(waves[0], waves[1]) and not torch.equal(waves[2], waves[3])
     with pytest.raises(ValueError, match="'a' is predicted, so it cannot be guided"):
         Stream("a", 5, guided=True)

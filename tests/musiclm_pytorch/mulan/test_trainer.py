@@ -448,7 +448,7 @@ def _write_pairs(folder: Path, seed: int) -> list[AudioItem]:
 
 @pytest.mark.slow
 def test_mulan_distinguishes_256_sounds_after_100_steps(tmp_path: Path) -> None:
-    """A small MuLaN of usual shape, trained on 256 pairs, retrieves over 90% in batches of 64 held-out sounds."""
+    """A small MuLaN of usual shape, trained on 256 pairs, retrieves over 80% in batches of 64 held-out sounds."""
     train, valid = _write_pairs(tmp_path / "train", seed=0), _write_pairs(tmp_path / "valid", seed=1)
     tokenizer = TextTokenizer.train([item.caption for item in train if item.caption], vocab_size=320)
     sizes = {"dim": 64, "depth": 2, "heads": 4, "dim_head": 16}
@@ -471,4 +471,4 @@ def test_mulan_distinguishes_256_sounds_after_100_steps(tmp_path: Path) -> None:
             clips = mulan.get_audio_latents(batch["wavs"], batch["lengths"])
             similarities = mulan.get_text_latents(batch["texts"]) @ clips.T
             found += [similarities.argmax(dim=way) == torch.arange(64) for way in (0, 1)]
-    assert torch.cat(found).float().mean() > 0.9
+    assert torch.cat(found).float().mean() > 0.8  # 0.93 and 0.95 with two seeds

@@ -122,7 +122,7 @@ def test_opus_has_the_requested_bitrate():
     """The packets have about the requested bitrate; a higher bitrate has a smaller distance."""
     wave = 0.2 * torch.randn(1, 2 * SAMPLE_HZ)
     few, many = opus_copies(wave, SAMPLE_HZ, SAMPLE_HZ, (8.0, 64.0))
-    assert 5 < few.kbps < 14 and 45 < many.kbps < 80
+    assert 4 < few.kbps < 14 and 45 < many.kbps < 90
     rows = [distance_row("opus", [(copy.waves, wave)], SAMPLE_HZ) for copy in (few, many)]
     assert rows[0].mel_nepers.value > rows[1].mel_nepers.value
     copy = next(opus_copies(wave, SAMPLE_HZ, 8000, (8.0,)))
