@@ -20,7 +20,7 @@ from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.training import LossOutput, Phase
 from audiolm_pytorch.training.distributed import map_over_processes, to_device
 
-__all__ = ["StageObjective", "StageTask"]
+__all__ = ["StageObjective", "StageTask", "chance_losses"]
 
 logger = logger_named(__name__)
 
@@ -117,7 +117,7 @@ class StageTask:
         self.module = nn.ModuleDict(parts)
         self.phases = (Phase(transformer.namespace, (self.module,), self.loss),)
         self.num_items = len(train)
-        self.chance = _chance(transformer)
+        self.chance = chance_losses(transformer)
         self._has_warned = False
         self.token_fingerprints = dict(token_fingerprints or {})
         config = {name: value for name, value in transformer.config.items() if name not in _NOT_DECISIVE}
@@ -240,7 +240,7 @@ def _metrics(prediction: TokenLoss) -> dict[str, Tensor | float]:
     return {"accuracy": prediction.accuracy, **losses}
 
 
-def _chance(transformer: StageTransformer) -> dict[str, float]:
+def chance_losses(transformer: StageTransformer) -> dict[str, float]:
     """Compute the losses of uniform predictions; `loss` is the mean over streams, weighted by tokens per second."""
     streams = transformer.layout.predicted
     weights = [float(stream.exact_hz) * stream.num_levels for stream in streams]

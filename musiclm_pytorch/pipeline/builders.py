@@ -15,7 +15,7 @@ from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, Semant
 from audiolm_pytorch.semantic import BestRQ, BestRQEncoder, KMeansTokenizer, SemanticTokenizer
 from musiclm_pytorch.melody.embedder import MelodyEmbedder
 from musiclm_pytorch.mulan import AudioSpectrogramTransformer, JointEmbedding, MuLaN, TextTransformer
-from musiclm_pytorch.pipeline.presets import Preset
+from musiclm_pytorch.pipeline.presets import ConvCodecConfig, Preset
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
 __all__ = [
@@ -45,10 +45,12 @@ _TARGET_REACH_SECONDS = 0.16
 @typed
 def build_codec(preset: Preset) -> SoundStream:
     """Build the codec."""
-    c = preset.codec
-    codes = {"codebook_size": c.codebook_size, "rq_num_quantizers": c.num_quantizers, "code_dim": c.code_dim}
+    c: Any = preset.codec
+    codes = {"codebook_size": c.codebook_size, "rq_num_quantizers": c.num_quantizers, "target_sample_hz": c.sample_hz}
+    if isinstance(c, ConvCodecConfig):
+        return SoundStream(strides=c.strides, channels=c.channels, codebook_dim=c.dim, **codes)
     sizes = {"dim": c.dim, "encoder_depth": c.encoder_depth, "decoder_depth": c.decoder_depth}
-    return SpectralSoundStream(target_sample_hz=c.sample_hz, hop_samples=c.hop_samples, **sizes, **codes)
+    return SpectralSoundStream(hop_samples=c.hop_samples, code_dim=c.code_dim, **sizes, **codes)
 
 
 @typed

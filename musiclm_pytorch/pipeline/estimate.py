@@ -1,8 +1,9 @@
-"""`musiclm train --dry-run`: estimates of parameters, tokens, disk space and time of a training run."""
+"""`musiclm train --dry-run`: estimates of parameters, tokens, memory, disk space and time of a training run."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
+from audiolm_pytorch.lm.task import chance_losses
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.training.distributed import to_device
 from musiclm_pytorch.pipeline.builders import STAGES, build_codec, build_mulan, build_semantic_tokenizer, build_stage
 from musiclm_pytorch.pipeline.pipeline import Pipeline
-from musiclm_pytorch.pipeline.presets import RunConfig
+from musiclm_pytorch.pipeline.presets import RunConfig, TransformerConfig
 from musiclm_pytorch.pipeline.steps import MELODY_STEPS, STEPS, check_step
 from musiclm_pytorch.pipeline.trainers import NUM_VALIDATIONS, codec_trainer, mulan_trainer, semantic_tokenizer_trainer
 
@@ -26,13 +28,15 @@ __all__ = [
     "BYTES_PER_TOKEN",
     "MAX_CROPS",
     "MAX_CROP_SECONDS",
+    "VALIDATION_SHARE",
     "StepEstimate",
     "check_assumed",
     "estimate",
     "estimate_steps",
     "estimate_table",
     "seconds_per_crop",
-    "step_functions",
+    "step_function",
+    "training_memory",
 ]
 
 # Sizes of a timed batch: first one crop, then several if one crop is fast. The time of a step is in proportion.
@@ -47,6 +51,10 @@ _UTILISATION = 0.3
 # Held-out crops of a validation and their least length in seconds, and decodings per crop. Other steps use all crops.
 _VALIDATION = {"codec": (64, 3.0, 2), "semantic": (128, 0.0, 1), "coarse": (128, 0.0, 1), "fine": (128, 0.0, 1)}
 _MAX_CAPTIONS = 1000
+# Time of a validation as a share of a training step on equal crops: a forward pass without a backward pass.
+VALIDATION_SHARE = 1 / 3
+# Weights, gradients and two moments of AdamW in float32.
+_MEMORY_PER_PARAMETER = 16
 # For a trained parameter: two checkpoints (weights and two moments of AdamW), the final weights, and twice as float16.
 # At the end of a step, the float16 files remain.
 BYTES_PER_PARAMETER = 2 * 12 + 4 + 4
@@ -55,13 +63,22 @@ BYTES_PER_TOKEN = 2
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """Estimated cost of one pipeline step; a finished or pretrained step needs no time."""
+    """Estimated cost of one pipeline step; a finished or pretrained step needs no time.
+
+    Attributes:
+        memory_bytes: Memory of weights, gradients, moments of AdamW, and activations of one batch of one process.
+        num_epochs: Seconds of all training crops, divided by the seconds of the training files.
+        chance_loss: Loss of uniform guesses, with which the training of most models begins; None = no such loss.
+    """
 
     step: str
     num_parameters: int = 0
     num_tokens: int = 0
     disk_bytes: int = 0
     seconds: float = 0.0
+    memory_bytes: int = 0
+    num_epochs: float = 0.0
+    chance_loss: float | None = None
 
 
 @typed
@@ -84,19 +101,31 @@ def estimate_table(
     states: Mapping[str, str],
 ) -> str:
     """Format estimates and their sum; `states` has the steps that need no time, with a word instead of the time."""
-    totals = {name: sum(getattr(row, name) for row in rows) for name in vars(rows[0]) if name != "step"}
-    lines = [f"{'step':20}{'parameters':>12}{'tokens':>15}{'disk':>14}{'time':>12}"]
+    sums = ("num_parameters", "num_tokens", "disk_bytes", "seconds")
+    totals: dict[str, Any] = {name: sum(getattr(row, name) for row in rows) for name in sums}
+    totals["memory_bytes"] = max(row.memory_bytes for row in rows)
+    heads = f"{'tokens':>20}{'epochs':>11}{'chance loss':>13}{'memory':>10}{'disk':>14}{'time':>14}"
+    lines = [f"{'step':20}{'parameters':>14}{heads}"]
     for row in [*rows, StepEstimate("total", **totals)]:
-        duration = f"{row.seconds / 60:,.1f} min" if row.seconds >= 60 else f"{row.seconds:.1f} s"
-        disk = f"{row.disk_bytes / 1e6:,.1f} MB"
-        duration = states.get(row.step, duration)
-        lines.append(f"{row.step:20}{row.num_parameters:12,}{row.num_tokens:15,}{disk:>14}{duration:>12}")
+        epochs = f"{row.num_epochs:,.3g}" if row.num_epochs else ""
+        chance = "" if row.chance_loss is None else f"{row.chance_loss:.2f}"
+        memory = f"{row.memory_bytes / 1e9:,.1f} GB" if row.memory_bytes else ""
+        disk, duration = f"{row.disk_bytes / 1e6:,.1f} MB", states.get(row.step, _duration(row.seconds))
+        cells = f"{row.num_tokens:20,}{epochs:>11}{chance:>13}{memory:>10}{disk:>14}{duration:>14}"
+        lines.append(f"{row.step:20}{row.num_parameters:14,}{cells}")
     files = f"{len(items[0]):,} training and {len(items[1]):,} held-out files"
     times = f"times on {device} with {torch.get_num_threads()} threads"
     if assumed is not None:
         times = f"times of a {assumed} at {_UTILISATION:.0%} of {DEVICES[assumed]} TFLOP/s, without reading of files"
-    lines.append(f"{files}; {times}")
+    lines.append(f"{files}; {times}; memory of weights, gradients, AdamW and the activations of one batch")
     return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration in days, minutes or seconds."""
+    if seconds >= 2 * 86400:
+        return f"{seconds / 86400:,.1f} days"
+    return f"{seconds / 60:,.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
 
 
 def check_assumed(device: str | None) -> None:
@@ -134,31 +163,53 @@ class _Probe:
         if step in ("quantizer", "tokens"):
             return self._encoding(step)
         config = getattr(self.preset, step.replace("-", "_"))
+        if self.assumed is None or not isinstance(config, TransformerConfig):
+            return self._training(step, config)
+        # parameters, operations and memory grow linearly with the depth, so that no large model is built
+        one, two = (vars(self._training(step, replace(config, depth=depth))) for depth in (1, 2))
+        grown = {name: one[name] + (config.depth - 1) * (two[name] - one[name]) for name in one if name != "step"}
+        return StepEstimate(step, **grown)
+
+    def _training(self, step: str, config: Any) -> StepEstimate:
+        """Estimate the cost of a step that trains a model."""
         run, crop_seconds = config.run, min(config.run.seconds, MAX_CROP_SECONDS)
+        if self.assumed is not None and step in STAGES:  # the condition codes are in front of whole crops
+            crop_seconds = run.seconds
         shortened = replace(config, run=replace(run, seconds=crop_seconds))
         build = self._stage if step in STAGES else self._tokenizer_or_mulan
-        module, token_hz, loss = build(step, shortened)
+        module, token_hz, chance, loss = build(step, shortened)
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        train_step, validate = step_functions(parameters, loss, run, self.device)
+        train_step = step_function(parameters, loss, run, self.device)
         num_parameters = sum(parameter.numel() for parameter in parameters)
-        total_seconds = run.num_train_steps * run.batch_size * run.seconds
+        total_seconds = run.num_train_steps * run.batch_size * run.grad_accum_every * run.seconds
         num_held_out = len(self.pipeline.valid_items)
         max_crops, least_seconds, num_decodings = _VALIDATION.get(step, (num_held_out, 0.0, 1))
         valid_seconds = min(num_held_out, max_crops) * max(run.seconds, least_seconds) * num_decodings * NUM_VALIDATIONS
         limit = min(run.batch_size, MAX_CROPS)
-        seconds = self._seconds(step, train_step, limit) * total_seconds / crop_seconds
-        seconds += self._seconds(step, validate, limit) * valid_seconds / crop_seconds
-        num_tokens = round(total_seconds * token_hz)
-        return StepEstimate(step, num_parameters, num_tokens, num_parameters * BYTES_PER_PARAMETER, seconds)
+        all_seconds = total_seconds + valid_seconds * VALIDATION_SHARE
+        seconds = self._seconds(step, train_step, limit) * all_seconds / crop_seconds
+        at_once = min(run.batch_size, getattr(config, "chunk_size", None) or run.batch_size)
+        num_crops = 0.0 if self.pipeline.is_done(step) else at_once * run.seconds / crop_seconds
+        return StepEstimate(
+            step,
+            num_parameters,
+            num_tokens=round(total_seconds * token_hz),
+            disk_bytes=num_parameters * BYTES_PER_PARAMETER,
+            seconds=seconds,
+            memory_bytes=training_memory(num_parameters, loss, run, self.device, num_crops),
+            num_epochs=total_seconds / sum(item.num_samples / item.sample_hz for item in self.pipeline.train_items),
+            chance_loss=chance,
+        )
 
-    def _tokenizer_or_mulan(self, step: str, config: Any) -> tuple[nn.Module, float, Any]:
-        """Build the module of a step; also return the tokens per second of audio and the loss of a number of crops."""
+    def _tokenizer_or_mulan(self, step: str, config: Any) -> tuple[nn.Module, float, float | None, Any]:
+        """Build the module of a step; also return tokens per second, chance loss, and the loss of a number of crops."""
         preset, items = replace(self.preset, **{step.replace("-", "_"): config}), self.pipeline.items
         loop: dict[str, Any] = dict(results_folder=self.pipeline.out / step, seed=self.pipeline.seed)
         trainer: Any
         if step == "codec":
             trainer = codec_trainer(preset, items, **loop)
-            token_hz = config.sample_hz / config.hop_samples * config.num_quantizers
+            trainer.task.unquantized_steps = config.run.num_train_steps  # the codebooks are not initialised here
+            token_hz = _frame_hz(trainer.task.codec) * config.num_quantizers
         elif step == "semantic-tokenizer":
             trainer, token_hz = semantic_tokenizer_trainer(preset, items, **loop), config.token_hz
         else:
@@ -167,18 +218,20 @@ class _Probe:
             token_hz = 100 / 16 * config.num_mels / 16  # patches of 16 frames of 10 ms by 16 mel bands
         task = trainer.task
         task.module.to(self.device)
+        last_step = config.run.num_train_steps - 1
 
         def loss(num_crops: int) -> Tensor:
-            batch = task.batch([(0, index % task.num_items) for index in range(num_crops)])
-            value: Tensor = task.phases[0].loss(to_device(batch, self.device), 0).loss
-            return value
+            batch = to_device(task.batch([(0, index % task.num_items) for index in range(num_crops)]), self.device)
+            losses = [phase.loss(batch, last_step).loss for phase in task.phases]
+            return torch.stack(losses).sum()
 
-        return task.module, token_hz, loss
+        return task.module, token_hz, task.chance.get("loss"), loss
 
-    def _stage(self, step: str, config: Any) -> tuple[nn.Module, float, Any]:
-        """Build a language model; also return the tokens per second of audio and the loss of a number of crops."""
+    def _stage(self, step: str, config: Any) -> tuple[nn.Module, float, float | None, Any]:
+        """Build a language model; also return tokens per second, chance loss, and the loss of a number of crops."""
         codec, tokenizer, device, seconds = self.codec, self.tokenizer, self.device, config.run.seconds
-        transformer = build_stage(self.preset, step, codec=codec, tokenizer=tokenizer).to(device)
+        preset = replace(self.preset, **{step: config})
+        transformer = build_stage(preset, step, codec=codec, tokenizer=tokenizer).to(device)
         num_semantic = max(1, int(seconds * _frame_hz(tokenizer)))
         num_acoustic = max(1, int(seconds * _frame_hz(codec)))
 
@@ -194,7 +247,7 @@ class _Probe:
             return value
 
         token_hz = sum(stream.num_levels * float(stream.exact_hz) for stream in transformer.layout.predicted)
-        return transformer, token_hz, loss
+        return transformer, token_hz, chance_losses(transformer)["loss"], loss
 
     @torch.no_grad()
     def _encoding(self, step: str) -> StepEstimate:
@@ -232,28 +285,48 @@ class _Probe:
         return 0.0 if self.pipeline.is_done(step) else seconds_per_crop(work, max_crops, self.device, self.assumed)
 
 
-def step_functions(
+def step_function(
     parameters: Sequence[nn.Parameter], loss: Callable[[int], Tensor], run: RunConfig, device: torch.device
-) -> tuple[Callable[[int], None], Callable[[int], None]]:
-    """Return the functions of a number of crops that train for one step, and that compute the loss in a validation."""
+) -> Callable[[int], None]:
+    """Return the function of a number of crops that trains for one step."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
 
-    def forward(num_crops: int) -> Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=run.precision == "bf16"):
-            return loss(num_crops)
-
     def train_step(num_crops: int) -> None:
-        value = forward(num_crops)
+        value = _forward(loss, num_crops, run, device)
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
         value.item()  # waits for the device
 
-    @torch.no_grad()
-    def validate(num_crops: int) -> None:
-        forward(num_crops).item()
+    return train_step
 
-    return train_step, validate
+
+def training_memory(
+    num_parameters: int, loss: Callable[[int], Tensor], run: RunConfig, device: torch.device, num_crops: float
+) -> int:
+    """Estimate the bytes for trained parameters, and for what `loss` keeps of `num_crops` crops for gradients."""
+    one, two = (_saved_bytes(partial(_forward, loss, number, run, device)) if num_crops else 0 for number in (1, 2))
+    return round(num_parameters * _MEMORY_PER_PARAMETER + (two - one) * num_crops)
+
+
+def _saved_bytes(forward: Callable[[], Tensor]) -> int:
+    """Count the bytes that a forward pass keeps for its backward pass."""
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = forward()
+    del value  # until here, the tensors exist, so that no two of them have one address
+    return sum(sizes.values())
+
+
+def _forward(loss: Callable[[int], Tensor], num_crops: int, run: RunConfig, device: torch.device) -> Tensor:
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=run.precision == "bf16"):
+        return loss(num_crops)
 
 
 def seconds_per_crop(

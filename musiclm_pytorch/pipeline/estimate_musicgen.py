@@ -18,11 +18,13 @@ from musiclm_pytorch.pipeline.estimate import (
     BYTES_PER_TOKEN,
     MAX_CROP_SECONDS,
     MAX_CROPS,
+    VALIDATION_SHARE,
     StepEstimate,
     check_assumed,
     estimate_table,
     seconds_per_crop,
-    step_functions,
+    step_function,
+    training_memory,
 )
 from musiclm_pytorch.pipeline.musicgen_presets import MusicGenPreset
 from musiclm_pytorch.pipeline.trainers import NUM_VALIDATIONS
@@ -90,17 +92,22 @@ class _Probe:
             trained = [model.transformer]
         parameters = [weight for module in trained for weight in module.parameters() if weight.requires_grad]
         limit = min(run.batch_size, MAX_CROPS)
-        train, valid = (
-            seconds_per_crop(step, limit, model.device, self.assumed)
-            for step in step_functions(parameters, self._loss, run, model.device)
-        )
-        num_crops = run.num_train_steps * run.batch_size
-        seconds = train * num_crops + valid * min(len(self.items[1]), _MAX_VALID_ITEMS) * NUM_VALIDATIONS
+        step = step_function(parameters, self._loss, run, model.device)
+        num_crops = run.num_train_steps * run.batch_size * run.grad_accum_every
+        num_valid = min(len(self.items[1]), _MAX_VALID_ITEMS) * NUM_VALIDATIONS
+        seconds = seconds_per_crop(step, limit, model.device, self.assumed) * (num_crops + num_valid * VALIDATION_SHARE)
         rows, crop_rows = (self.melody_frames + length * self.rate_hz for length in (self.seconds, self.crop_seconds))
         num_parameters = sum(weight.numel() for weight in parameters)
         num_tokens = round(num_crops * self.seconds * self.rate_hz * self.num_levels)
-        disk_bytes = num_parameters * BYTES_PER_PARAMETER
-        return StepEstimate("musicgen", num_parameters, num_tokens, disk_bytes, seconds * rows / crop_rows)
+        at_once = run.batch_size * rows / crop_rows
+        return StepEstimate(
+            "musicgen",
+            num_parameters,
+            num_tokens,
+            disk_bytes=num_parameters * BYTES_PER_PARAMETER,
+            seconds=seconds * rows / crop_rows,
+            memory_bytes=training_memory(num_parameters, self._loss, run, model.device, at_once),
+        )
 
     @torch.no_grad()
     def _encode(self, num_crops: int) -> None:

@@ -11,12 +11,14 @@ from audiolm_pytorch.training.task import LoopSettings
 __all__ = [
     "PRESETS",
     "CodecConfig",
+    "ConvCodecConfig",
     "MelodyConfig",
     "MuLaNConfig",
     "Preset",
     "QuantizerConfig",
     "RunConfig",
     "SemanticConfig",
+    "SpectralCodecConfig",
     "StageConfig",
     "TransformerConfig",
     "preset_named",
@@ -31,8 +33,8 @@ _MAX_SCALE = 1e6
 class RunConfig:
     """Training settings of one model, where `seconds` is the crop length and `learning_rate` the peak learning rate.
 
-    `precision` is "fp32", or "bf16" for autocast. Checkpoints are written every two minutes, and also every
-    `checkpoint_every_steps` steps.
+    A step averages the gradients of `grad_accum_every` batches of `batch_size` crops. `precision` is "fp32", or "bf16"
+    for autocast. Checkpoints are written every two minutes, and also every `checkpoint_every_steps` steps.
     """
 
     num_train_steps: int
@@ -41,6 +43,7 @@ class RunConfig:
     learning_rate: float
     warmup_steps: int = 100
     precision: str = "bf16"
+    grad_accum_every: int = 1
     checkpoint_every_steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -64,17 +67,35 @@ class RunConfig:
 @typed
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    """Sizes and training settings of a `SpectralSoundStream` codec."""
+    """Settings of a codec; an `adversarial` training has the discriminators of SoundStream, else only a mel loss."""
 
     sample_hz: int
+    codebook_size: int
+    num_quantizers: int
+    run: RunConfig
+    adversarial: bool = False
+
+
+@typed
+@dataclass(frozen=True, kw_only=True)
+class SpectralCodecConfig(CodecConfig):
+    """Settings of a `SpectralSoundStream`, whose layers run once per frame."""
+
     hop_samples: int
     dim: int
     encoder_depth: int
     decoder_depth: int
-    codebook_size: int
-    num_quantizers: int
     code_dim: int
-    run: RunConfig
+
+
+@typed
+@dataclass(frozen=True, kw_only=True)
+class ConvCodecConfig(CodecConfig):
+    """Settings of a `SoundStream` with the causal convolutions of its paper; `channels` are those of the first one."""
+
+    strides: tuple[int, ...]
+    channels: int
+    dim: int
 
 
 @typed
@@ -220,7 +241,7 @@ _TINY_STAGE = StageConfig(
 # For two CPU cores: about two hours, at most 50 MB as fp16. recipes/README.md lists the trials behind it.
 _TINY = Preset(
     name="tiny",
-    codec=CodecConfig(
+    codec=SpectralCodecConfig(
         sample_hz=16000, hop_samples=320, dim=256, encoder_depth=4, decoder_depth=6,
         codebook_size=1024, num_quantizers=4, code_dim=16, run=RunConfig(6000, 16, 1.0, 1e-3),
     ),
@@ -253,9 +274,9 @@ _SMALL_STAGE = StageConfig(
 # For one GPU: about a day. MusicLM's rates, with models of a tenth of its size.
 _SMALL = Preset(
     name="small",
-    codec=CodecConfig(
+    codec=SpectralCodecConfig(
         sample_hz=24000, hop_samples=480, dim=512, encoder_depth=8, decoder_depth=12,
-        codebook_size=1024, num_quantizers=8, code_dim=16,
+        codebook_size=1024, num_quantizers=8, code_dim=16, adversarial=True,
         run=RunConfig(200_000, 64, 2.0, 5e-4, warmup_steps=1000),
     ),
     semantic_tokenizer=SemanticConfig(
@@ -274,7 +295,38 @@ _SMALL = Preset(
     num_coarse_quantizers=4,
 )  # fmt: skip
 
-PRESETS = {preset.name: preset for preset in (_TINY, _SMALL)}
+# A step has 256 crops, as in AudioLM (arXiv:2209.03143, section IV-B). With 16 processes, use grad_accum_every=1.
+_PAPER_RUN = RunConfig(1_000_000, 16, 30.0, 3e-4, warmup_steps=10_000, grad_accum_every=16)
+_PAPER_STAGE = StageConfig(
+    dim=1024, depth=24, heads=16, dropout=0.1, cond_drop_prob=0.1, guidance_scale=3.0,
+    objective=StageObjective(level_drop_prob=0.1), run=_PAPER_RUN,
+)  # fmt: skip
+# The sizes, rates, crops and temperatures of MusicLM (arXiv:2301.11325, section 4). Its learning rates and numbers of
+# steps are not published. The towers of MuLaN have the sizes of AST and BERT-base (arXiv:2208.12415); the semantic
+# encoder has the parameters of w2v-BERT XL in transformer blocks. The codec has the run of EnCodec (arXiv:2210.13438).
+_PAPER = Preset(
+    name="paper",
+    codec=ConvCodecConfig(
+        sample_hz=24000, strides=(3, 4, 5, 8), channels=32, dim=512, codebook_size=1024, num_quantizers=12,
+        adversarial=True, run=RunConfig(600_000, 64, 1.0, 3e-4, warmup_steps=1000),
+    ),
+    semantic_tokenizer=SemanticConfig(
+        dim=1408, depth=25, heads=22, layer=7, num_clusters=1024,
+        run=RunConfig(400_000, 16, 10.0, 3e-4, warmup_steps=10_000, grad_accum_every=16),
+    ),
+    mulan=MuLaNConfig(
+        dim=768, depth=12, heads=12, num_mels=128, n_fft=1024, text_vocab_size=30_522, text_max_tokens=512,
+        patch_dropout=0.25, caption_dropout=0.2, chunk_size=128,
+        run=RunConfig(100_000, 6144, 10.0, 3e-4, warmup_steps=5000),
+    ),
+    quantizer=QuantizerConfig(num_quantizers=12, codebook_size=1024),
+    semantic=_PAPER_STAGE,
+    coarse=replace(_PAPER_STAGE, run=replace(_PAPER_RUN, seconds=10.0), temperature=0.95),
+    fine=replace(_PAPER_STAGE, run=replace(_PAPER_RUN, seconds=3.0), temperature=0.4, guidance_scale=1.0),
+    num_coarse_quantizers=4,
+)  # fmt: skip
+
+PRESETS = {preset.name: preset for preset in (_TINY, _SMALL, _PAPER)}
 
 
 @typed

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from audiolm_pytorch.codecs.discriminators import soundstream_discriminators
 from audiolm_pytorch.codecs.training import MEL_ONLY, SoundStreamTrainer
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
@@ -42,13 +43,14 @@ Items = tuple[Sequence[AudioItem], Sequence[AudioItem]]
 
 
 def codec_trainer(preset: Preset, items: Items, **loop: Any) -> SoundStreamTrainer:
-    """Build an untrained codec and its trainer, which uses the mel distance as the only loss."""
-    run = preset.codec.run
+    """Build an untrained codec and its trainer, which has discriminators or the mel distance as the only loss."""
+    run, is_adversarial = preset.codec.run, preset.codec.adversarial
     return SoundStreamTrainer(
         build_codec(preset),
         items=items,
         data_max_length_seconds=run.seconds,
-        loss_weights=MEL_ONLY,
+        loss_weights=None if is_adversarial else MEL_ONLY,
+        discriminators=soundstream_discriminators() if is_adversarial else None,
         **loop_settings(run),
         **loop,
     )

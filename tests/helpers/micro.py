@@ -19,13 +19,13 @@ import soundfile
 from audiolm_pytorch.lm.task import StageObjective
 from musiclm_pytorch.pipeline import presets as config
 from musiclm_pytorch.pipeline.presets import (
-    CodecConfig,
     MelodyConfig,
     MuLaNConfig,
     Preset,
     QuantizerConfig,
     RunConfig,
     SemanticConfig,
+    SpectralCodecConfig,
     StageConfig,
 )
 
@@ -50,7 +50,7 @@ _STAGE = StageConfig(
 
 MICRO = Preset(
     name="micro",
-    codec=CodecConfig(
+    codec=SpectralCodecConfig(
         sample_hz=16000,
         hop_samples=320,
         dim=32,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from audiolm_pytorch.codecs import SoundStream
 from audiolm_pytorch.lm.compatibility import check_compatible, check_stages_compatible
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
-from audiolm_pytorch.lm.task import _chance
+from audiolm_pytorch.lm.task import chance_losses
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
@@ -270,6 +270,6 @@ def test_chance_level_is_weighted_by_tokens_per_second():
     class Both:
         layout = TokenLayout([Stream("a", 4, rate_hz=25), Stream("b", 16, 2, Fraction(50))], "flat")
 
-    chance = _chance(Both())
+    chance = chance_losses(Both())
     assert chance["loss"] == pytest.approx(0.2 * math.log(4) + 0.8 * math.log(16))
     assert chance["loss_a"] == pytest.approx(math.log(4)) and chance["loss_b.1"] == pytest.approx(math.log(16))

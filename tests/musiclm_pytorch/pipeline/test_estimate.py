@@ -1,5 +1,6 @@
 """Estimates of a dry run: short measurements, of which the shortest counts, or an assumed device."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +79,39 @@ def test_validation_is_part_of_the_time(micro_data: Path, tmp_path: Path, monkey
         preset = replace(MICRO, fine=replace(MICRO.fine, run=replace(run, num_train_steps=num_steps)))
         pipeline = Pipeline(preset, data=micro_data, out=tmp_path / "run")
         [row] = estimate_steps(pipeline, "fine")
-        assert row.seconds == pytest.approx(num_steps * run.batch_size + len(pipeline.valid_items) * NUM_VALIDATIONS)
+        crops = num_steps * run.batch_size + len(pipeline.valid_items) * NUM_VALIDATIONS / 3
+        assert row.seconds == pytest.approx(crops)
+
+
+@pytest.mark.slow
+def test_memory_epochs_and_chance(micro_data: Path, tmp_path: Path) -> None:
+    """Larger batches need more memory, accumulated ones only more time; curves begin at the loss of guessing."""
+    stage = replace(MICRO.semantic, run=replace(MICRO.semantic.run, precision="fp32"))
+    rows = {}
+    for name, change in {"one": {}, "large": {"batch_size": 40}, "often": {"grad_accum_every": 10}}.items():
+        preset = replace(MICRO, semantic=replace(stage, run=replace(stage.run, **change)))
+        [rows[name]] = estimate_steps(Pipeline(preset, data=micro_data, out=tmp_path / "run"), "semantic", "h100")
+    one, large, often = rows["one"], rows["large"], rows["often"]
+    assert large.num_tokens == often.num_tokens == 10 * one.num_tokens
+    assert large.num_epochs == pytest.approx(often.num_epochs) == pytest.approx(10 * one.num_epochs)
+    # 12 steps of 4 crops of 1 s, over the files that are not held out
+    assert one.num_epochs == pytest.approx(48 / 9) and one.chance_loss == pytest.approx(math.log(12))
+    weights = 16 * one.num_parameters
+    assert often.memory_bytes == one.memory_bytes > weights
+    assert large.memory_bytes - weights == pytest.approx(10 * (one.memory_bytes - weights), rel=0.01)
+
+
+@pytest.mark.slow
+def test_discriminators_are_part_of_the_time_and_the_memory(micro_data: Path, tmp_path: Path) -> None:
+    """An adversarial codec trains more parameters with more operations; its codebooks are not initialised."""
+    adversarial = replace(MICRO, codec=replace(MICRO.codec, adversarial=True))
+    presets = MICRO, adversarial
+    plain, row = (
+        estimate_steps(Pipeline(preset, data=micro_data, out=tmp_path / "run"), "codec", "h100")[0]
+        for preset in presets
+    )
+    assert row.num_parameters > plain.num_parameters + 1e6
+    assert row.seconds > 2 * plain.seconds and row.memory_bytes > 2 * plain.memory_bytes
 
 
 def test_the_generators_of_the_caller_do_not_move(micro_data: Path, tmp_path: Path) -> None:

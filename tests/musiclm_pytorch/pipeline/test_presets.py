@@ -8,7 +8,10 @@ from audiolm_pytorch.lm.compatibility import check_compatible
 from audiolm_pytorch.lm.tokenizing import tokenize
 from audiolm_pytorch.semantic import BestRQ, BestRQEncoder, SemanticTokenizerTrainer
 from musiclm_pytorch.pipeline import builders
-from musiclm_pytorch.pipeline.presets import PRESETS, Preset, preset_named
+from musiclm_pytorch.pipeline.pipeline import Pipeline
+from musiclm_pytorch.pipeline.presets import PRESETS, Preset, SpectralCodecConfig, preset_named
+from musiclm_pytorch.pipeline.settings import with_settings
+from musiclm_pytorch.pipeline.steps import STEPS
 from tests.helpers.micro import MICRO
 
 STAGES = ("semantic", "coarse", "fine")
@@ -16,12 +19,21 @@ TRAINED = ("codec", "semantic_tokenizer", "mulan", *STAGES)
 every_preset = pytest.mark.parametrize("name", list(PRESETS))
 
 
+def shallow(preset: Preset, depth: int) -> Preset:
+    """A preset with transformers, and a spectral codec, of few layers."""
+    parts = {part: replace(getattr(preset, part), depth=depth) for part in ("mulan", *STAGES)}
+    parts["semantic_tokenizer"] = replace(preset.semantic_tokenizer, depth=depth, layer=depth)
+    if isinstance(preset.codec, SpectralCodecConfig):
+        parts["codec"] = replace(preset.codec, encoder_depth=depth, decoder_depth=depth)
+    return replace(preset, **parts)
+
+
 @every_preset
 def test_preset_is_consistent(name):
     """The sizes of a preset are consistent."""
     preset = preset_named(name)
     assert preset.name == name
-    assert preset.codec.sample_hz % preset.codec.hop_samples == 0
+    assert 0 < preset.codec.num_quantizers
     assert 0 < preset.num_coarse_quantizers < preset.codec.num_quantizers
     assert 1 <= preset.semantic_tokenizer.layer <= preset.semantic_tokenizer.depth
     assert preset.mulan.text_vocab_size >= 256
@@ -37,9 +49,7 @@ def test_preset_is_consistent(name):
 def test_preset_can_be_built(name):
     """All modules of a preset can be built, and they are compatible."""
     preset = preset_named(name)
-    shallow = {part: replace(getattr(preset, part), depth=1) for part in ("mulan", *STAGES)}
-    preset = replace(preset, codec=replace(preset.codec, encoder_depth=1, decoder_depth=1), **shallow)
-    preset = replace(preset, semantic_tokenizer=replace(preset.semantic_tokenizer, depth=1, layer=1))
+    preset = shallow(preset, 1)
     codec, tokenizer = builders.build_codec(preset), builders.build_semantic_tokenizer(preset)
     encoder = tokenizer.encoder
     quantizer = builders.build_quantizer(preset, builders.build_mulan(preset, ["a tune", "a song"]), 10_000)
@@ -59,9 +69,8 @@ def test_preset_can_be_built(name):
 def test_presets_keep_the_defaults_of_best_rq(name):
     """With the default rates, the encoder and its training have the default settings of BEST-RQ."""
     preset = preset_named(name)
-    shallow = {part: replace(getattr(preset, part), depth=1) for part in ("semantic", "coarse")}
-    s = replace(preset.semantic_tokenizer, depth=1, layer=1)
-    preset = replace(preset, semantic_tokenizer=s, **shallow)
+    preset = shallow(preset, 1)
+    s = preset.semantic_tokenizer
     codec, tokenizer = builders.build_codec(preset), builders.build_semantic_tokenizer(preset)
     encoder = builders.build_semantic_encoder(preset)
     default = BestRQEncoder(dim=s.dim, depth=s.depth, heads=s.heads, dim_head=s.dim // s.heads)
@@ -190,7 +199,7 @@ def test_invalid_scale_is_refused(scale):
 
 def test_unknown_preset_lists_the_presets():
     """The error message lists the presets."""
-    with pytest.raises(ValueError, match="'tinny'.*tiny, small"):
+    with pytest.raises(ValueError, match="'tinny'.*tiny, small, paper"):
         preset_named("tinny")
 
 
@@ -198,3 +207,48 @@ def test_presets_cannot_be_changed_in_place():
     """Presets are frozen."""
     with pytest.raises(FrozenInstanceError):
         preset_named("tiny").codec.dim = 1  # type: ignore[misc]
+
+
+@pytest.mark.slow
+def test_paper_has_the_published_numbers_of_parameters():
+    """MusicLM's stages have 430 M, w2v-BERT XL 0.6 B, BERT-base 110 M, and ViT-B, of which AST is made, 86 M."""
+    preset = preset_named("paper")
+    tokenizer = builders.build_semantic_tokenizer(shallow(preset, 1))
+    with torch.device("meta"):
+        codec, encoder = builders.build_codec(preset), builders.build_semantic_encoder(preset)
+        mulan = builders.build_mulan(preset, ["a tune", "a song"])
+        quantizer = builders.build_quantizer(preset, mulan, 100_000)
+        stages = {stage: builders.build_stage(preset, stage, codec=codec, tokenizer=tokenizer) for stage in STAGES}
+
+    def count(*modules):
+        return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+    assert count(encoder) == pytest.approx(600e6, rel=0.02)
+    assert count(mulan.audio_transformer) == pytest.approx(86e6, rel=0.02)
+    # the vocabulary of two captions is small
+    text = mulan.text_transformer
+    missing_rows = preset.mulan.text_vocab_size - text.num_tokens
+    assert count(text) + missing_rows * text.dim == pytest.approx(110e6, rel=0.02)
+    counts = {stage: count(model, quantizer.table(stage)) for stage, model in stages.items()}
+    assert counts["coarse"] == pytest.approx(430e6, rel=0.02) and counts["fine"] == pytest.approx(430e6, rel=0.02)
+    # no head predicts the 12 x 1024 condition codes, which are never predicted
+    unused_head = quantizer.num_quantizers * quantizer.codebook_size * preset.semantic.dim
+    assert counts["semantic"] + unused_head == pytest.approx(430e6, rel=0.02)
+    assert (codec.target_sample_hz, codec.downsample_factor, codec.num_quantizers) == (24000, 480, 12)
+
+
+@pytest.mark.slow
+def test_every_step_of_paper_runs_with_two_layers(micro_data, tmp_path, monkeypatch):
+    """A training step of every trainer at the widths of the preset, adversarial codec included."""
+    preset = with_settings(
+        shallow(preset_named("paper"), 2),
+        {
+            f"{part}.run.{name}": value
+            for part in TRAINED
+            for name, value in {"num_train_steps": 1, "batch_size": 2, "grad_accum_every": 1, "warmup_steps": 1}.items()
+        },
+    )
+    monkeypatch.setattr(Pipeline, "_write_samples", lambda *_: None)
+    reports = list(Pipeline(preset, data=micro_data, out=tmp_path / "run").run())
+    assert [report.step for report in reports] == list(STEPS)
+    assert (tmp_path / "run" / "codec" / "metrics.jsonl").read_text().count("discriminator") == 1
