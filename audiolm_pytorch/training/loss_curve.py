@@ -1,4 +1,4 @@
-"""Loss curve of a training run as an SVG file, drawn without a plotting library."""
+"""Loss curves of training runs as an SVG file, drawn without a plotting library."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,21 +17,26 @@ _MAX_POINTS = 1000
 Points = list[tuple[float, float]]
 
 
-def write_loss_curve(path: Path, rows: Iterable[Mapping[str, Any]], title: str) -> None:
-    """Write the losses in the rows of a metrics file by phase over steps; a dashed line is the loss of guessing.
+def write_loss_curve(
+    path: Path, runs: Mapping[str, Iterable[Mapping[str, Any]]], title: str, metric: str = "loss"
+) -> bool:
+    """Write a metric of runs over steps, from the rows of their metrics files by the name of the run.
 
-    Phases without the metric "loss" (such as the validation of a codec) have no line. Without any loss, no file is
-    written.
+    Each phase of a run has a line, and a dashed line at the value of guessing. Phases without the metric (such as the
+    loss in the validation of a codec) have no line. Without any line, no file is written; return whether there is one.
     """
     lines: dict[str, Points] = {}
     chances: dict[str, float] = {}
-    for row in rows:
-        if isinstance(row.get("loss"), int | float) and math.isfinite(row["loss"]):
-            lines.setdefault(str(row["phase"]), []).append((row["step"], row["loss"]))
-            if isinstance(row.get("chance"), int | float):
-                chances[str(row["phase"])] = row["chance"]
+    for run, rows in runs.items():
+        for row in rows:
+            if isinstance(row.get(metric), int | float) and math.isfinite(row[metric]):
+                name = f"{run} {row['phase']}".strip()
+                lines.setdefault(name, []).append((row["step"], row[metric]))
+                chance = row.get("chance" if metric == "loss" else f"{metric}_chance")
+                if isinstance(chance, int | float):
+                    chances[name] = chance
     if not lines:
-        return
+        return False
     values = [loss for points in lines.values() for _, loss in points] + list(chances.values())
     last_step = max(step for points in lines.values() for step, _ in points)
     low, high = min(values), max(values)
@@ -42,7 +47,7 @@ def write_loss_curve(path: Path, rows: Iterable[Mapping[str, Any]], title: str) 
         y = _HEIGHT - _MARGIN - (_HEIGHT - 2 * _MARGIN) * (loss - low) / (high - low)
         return f"{x:.1f},{y:.1f}"
 
-    parts = [_text(_MARGIN, 20, f"{title}: loss"), _text(_MARGIN, _HEIGHT - 15, "step 0")]
+    parts = [_text(_MARGIN, 20, f"{title}: {metric}"), _text(_MARGIN, _HEIGHT - 15, "step 0")]
     parts += [_text(_WIDTH - 2 * _MARGIN, _HEIGHT - 15, f"{last_step:,}"), _text(2, _MARGIN, f"{high:.4g}")]
     parts += [_text(2, _HEIGHT - _MARGIN, f"{low:.4g}")]
     corners = " ".join(place(step, loss) for step, loss in ((0, high), (0, low), (last_step, low)))
@@ -51,7 +56,7 @@ def write_loss_curve(path: Path, rows: Iterable[Mapping[str, Any]], title: str) 
         colour = _COLOURS[number % len(_COLOURS)]
         places = " ".join(place(step, loss) for step, loss in _thinned(points))
         parts.append(f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        parts.append(_text(_WIDTH - 3 * _MARGIN, 20 + 15 * number, f"{phase} {points[-1][1]:.4g}", colour))
+        parts.append(_text(_WIDTH - 10, 20 + 15 * number, f"{phase} {points[-1][1]:.4g}", colour, "end"))
         if phase in chances:
             ends = f"{place(0, chances[phase])} {place(last_step, chances[phase])}"
             parts.append(f'<polyline points="{ends}" fill="none" stroke="{colour}" stroke-dasharray="4"/>')
@@ -63,6 +68,7 @@ def write_loss_curve(path: Path, rows: Iterable[Mapping[str, Any]], title: str) 
             f'<rect {size} fill="white"/>\n{content}\n</svg>\n',
             encoding="utf-8",
         )
+    return True
 
 
 def _thinned(points: Points) -> Sequence[tuple[float, float]]:
@@ -71,5 +77,5 @@ def _thinned(points: Points) -> Sequence[tuple[float, float]]:
     return [*points[:-1:stride], points[-1]]
 
 
-def _text(x: float, y: float, text: str, colour: str = "black") -> str:
-    return f'<text x="{x}" y="{y}" fill="{colour}">{escape(text)}</text>'
+def _text(x: float, y: float, text: str, colour: str = "black", anchor: str = "start") -> str:
+    return f'<text x="{x}" y="{y}" fill="{colour}" text-anchor="{anchor}">{escape(text)}</text>'

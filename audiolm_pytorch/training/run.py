@@ -249,7 +249,7 @@ class TrainingRun:
                 self._report("valid", values, {})
             if self.accelerator.is_main_process:
                 self.task.samples(self.folder / "samples", self.progress.step)
-                write_loss_curve(self.folder / "loss.svg", self.metrics_file.rows(), self.task.name)
+                write_loss_curve(self.folder / "loss.svg", {"": self.metrics_file.rows()}, self.task.name)
         self.accelerator.wait_for_everyone()
         self.task.module.train()
 

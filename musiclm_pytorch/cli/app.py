@@ -29,6 +29,7 @@ _COMMANDS = {
     "codec": ("CodecCommand", "Encode, decode and evaluate audio with a codec."),
     "convert": ("ConvertCommand", "Convert published checkpoints to safetensors, and MusicCaps."),
     "evaluate": ("EvaluateCommand", "Evaluate generated music, a semantic tokenizer or encoder, or a MuLaN or CLAP."),
+    "plot": ("Plot", None),
 }
 # Words after `train` that are no steps of the pipeline and have other options (and modules) -> class in the module.
 _TRAININGS = {"kmeans": "TrainKmeans", "musicgen": "TrainMusicGen"}

@@ -409,11 +409,14 @@ def test_the_loss_curve_has_every_phase(tmp_path: Path) -> None:
     assert root.tag.endswith("svg") and len(root.findall("{*}polyline")) == 1 + 2 * 3
     assert all(f">{phase} " in curve for phase in ("main", "critic", "valid"))
     rows = [{"phase": "a<b", "step": step, "loss": math.nan if step == 2 else 1.0} for step in range(3000)]
-    write_loss_curve(tmp_path / "other.svg", rows, "x")
+    write_loss_curve(tmp_path / "other.svg", {"": rows}, "x")
     assert len((tmp_path / "other.svg").read_bytes()) < 30_000
     assert "a&lt;b" in ElementTree.tostring(ElementTree.parse(tmp_path / "other.svg").getroot(), encoding="unicode")
-    write_loss_curve(tmp_path / "none.svg", [{"phase": "valid", "step": 1, "mel": 1.0}], "x")
+    others = {"first": [{"phase": "valid", "step": 1, "mel": 1.0}], "second": [{"phase": "valid", "step": 1, "mel": 2}]}
+    assert not write_loss_curve(tmp_path / "none.svg", others, "x")
     assert not (tmp_path / "none.svg").exists()
+    assert write_loss_curve(tmp_path / "mel.svg", others, "x", metric="mel")
+    assert all(f">{name}<" in (tmp_path / "mel.svg").read_text() for name in ("first valid 1", "second valid 2"))
 
 
 def test_a_full_disk_is_an_error_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

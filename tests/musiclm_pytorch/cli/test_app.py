@@ -137,6 +137,25 @@ def test_scaled_training(musiclm_command, micro_data, tmp_path, capsys):
     assert "num_train_steps: found 10, expected 12" in capsys.readouterr().err
 
 
+def test_plot_draws_runs_over_each_other(musiclm_command, micro_run, tmp_path, capsys):
+    """One file per step with a line of each run, and the chance level dashed; of folders of trainers, one file."""
+    other = tmp_path / "other"
+    shutil.copytree(micro_run / "semantic", other / "semantic")
+    assert musiclm_command("plot", micro_run, other, "--out", tmp_path / "plots") == 0
+    steps = ("codec", "coarse", "fine", "mulan", "semantic", "semantic-tokenizer")
+    written = [f"{tmp_path}/plots/{step}.svg" for step in steps if step not in ("codec",)]
+    assert set(written) <= set(capsys.readouterr().out.splitlines())
+    curve = (tmp_path / "plots" / "semantic.svg").read_text()
+    assert all(f">{run} {phase} " in curve for run in (micro_run, other) for phase in ("train", "valid"))
+    assert curve.count("stroke-dasharray") == 4
+    words = ("plot", micro_run / "codec", "--out", tmp_path / "codec", "--metric")
+    assert musiclm_command(*words, "mel") == 0 and (tmp_path / "codec" / "mel.svg").is_file()
+    assert musiclm_command(*words, "mell") == 2
+    assert re.search(r"no run has the metric 'mell'; choose one of: .*mel", capsys.readouterr().err)
+    assert musiclm_command("plot", tmp_path / "codec", "--out", tmp_path / "none") == 2
+    assert "contains no metrics.jsonl" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
 @pytest.mark.slow
 def test_settings_of_options_and_files(musiclm_command, micro_data, tmp_path, capsys):
     """Options override --config, which overrides the scaled preset; a folder belongs to its settings."""
@@ -249,7 +268,7 @@ def test_export(musiclm_command, micro_run, tmp_path, capsys):
 # Arguments that cannot be parsed, with a pattern of tyro's message.
 BAD_ARGUMENTS = r"""
 no command |  | Expected one of .*generate.*train
-unknown command | sing | sing.*Available subcommands: generate, train, export, codec, convert, evaluate
+unknown command | sing | sing.*Available subcommands: generate, train, export, codec, convert, evaluate, plot
 missing text | generate | the text is empty; describe the music
 unknown option | generate x --secnds 3 | --secnds.*Perhaps you meant: --seconds
 no number | generate x --seconds abc | --seconds.*'abc'
