@@ -4,11 +4,14 @@ import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from audiolm_pytorch.training.tracking import check_trackers
 
 if TYPE_CHECKING:
     import accelerate
@@ -30,16 +33,22 @@ Result = TypeVar("Result")
 _BUCKET_NUMEL = 2**25  # 128 MiB of float32: few collectives, and little memory beside the gradients
 
 
-def create_accelerator() -> "accelerate.Accelerator":
+def create_accelerator(track: Sequence[str] = (), folder: Path | None = None) -> "accelerate.Accelerator":
     """Create an Accelerator for a training loop, with a process group that stays open until the process ends.
 
     The process group stays open because a second training in the same process needs the group again. Processes on a
     machine without a GPU also form a process group, while accelerate would treat each process as a separate run.
+
+    Args:
+        track: Names of accelerate's trackers, such as "tensorboard", which training loops start and end.
+        folder: Folder of the files of trackers.
     """
     from accelerate import Accelerator
 
+    check_trackers(track)
+
     on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=on_cpu)
+    accelerator = Accelerator(cpu=on_cpu, log_with=list(track) or None, project_dir=folder)
     if accelerator.num_processes > 1:
         atexit.register(accelerator.end_training)
     return accelerator

@@ -25,7 +25,15 @@ from audiolm_pytorch.training.rng import seed_rng
 from audiolm_pytorch.training.run_folder import changed_settings, read_record
 from audiolm_pytorch.training.stopping import StopRequest, end_by_signal, stop_signals
 from audiolm_pytorch.training.task import LoopSettings, Task
-from audiolm_pytorch.training.tracking import MetricsFile, MetricWindow, finite_or_none, progress_bar
+from audiolm_pytorch.training.tracking import (
+    MetricsFile,
+    MetricWindow,
+    ProgressLog,
+    finite_or_none,
+    log_audio,
+    progress_bar,
+    running_trackers,
+)
 
 if TYPE_CHECKING:
     import accelerate
@@ -149,7 +157,9 @@ class TrainingRun:
             stop_signals() as request,
             progress_bar(self.task.name, progress.step, settings.num_train_steps, is_main) as bar,
             loaded_batches(self.task.batch, self.plan, numbers, settings.num_workers, pin_memory) as batches,
+            running_trackers(self.accelerator, self.folder, self.config["settings"]),
         ):
+            log = ProgressLog(self.task.name, progress.step, settings.num_train_steps, is_main)
             while progress.step < end:
                 self._step(batches)
                 progress.seconds = time.monotonic() - started
@@ -164,6 +174,7 @@ class TrainingRun:
                 if progress.step < end and (by_time or (every is not None and progress.step % every == 0)):
                     self._write_checkpoint()
                     written_at = time.monotonic()
+                log.update(progress.step, progress.metrics)
                 self._stop_if_requested(request)
         self._write_checkpoint()
         if progress.step == settings.num_train_steps:
@@ -249,6 +260,7 @@ class TrainingRun:
                 self._report("valid", values, {})
             if self.accelerator.is_main_process:
                 self.task.samples(self.folder / "samples", self.progress.step)
+                log_audio(self.accelerator, self.folder / "samples", self.progress.step)
                 write_loss_curve(self.folder / "loss.svg", {"": self.metrics_file.rows()}, self.task.name)
         self.accelerator.wait_for_everyone()
         self.task.module.train()

@@ -1,13 +1,16 @@
-"""Metrics of a training run: rows in a JSONL file, and a progress bar on a terminal."""
+"""Metrics of a training run: rows in a JSONL file, trackers, and a progress bar or lines in a log."""
 
 import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import soundfile
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -15,8 +18,21 @@ from tqdm import tqdm
 from audiolm_pytorch.saving.files import staged_files
 from audiolm_pytorch.saving.text import logger_named
 
-__all__ = ["MetricWindow", "MetricsFile", "finite_or_none", "progress_bar"]
+if TYPE_CHECKING:
+    import accelerate
 
+__all__ = [
+    "MetricWindow",
+    "MetricsFile",
+    "ProgressLog",
+    "check_trackers",
+    "finite_or_none",
+    "log_audio",
+    "progress_bar",
+    "running_trackers",
+]
+
+_LOG_EVERY_SECONDS = 180.0
 
 logger = logger_named(__name__)
 
@@ -103,6 +119,71 @@ def finite_or_none(value: Any) -> Any:
 def progress_bar(name: str, done: int, total: int, shown: bool) -> tqdm:
     """Create a progress bar, which has no output if standard error is not a terminal."""
     return tqdm(desc=name, initial=done, total=total, leave=False, disable=not (shown and sys.stderr.isatty()))
+
+
+class ProgressLog:
+    """Logs the progress of a run every few minutes if standard error is not a terminal, which has a progress bar."""
+
+    def __init__(self, name: str, done: int, total: int, shown: bool) -> None:
+        self.name, self.done, self.total = name, done, total
+        self._is_shown = shown and not sys.stderr.isatty()
+        self._started = self._logged = time.monotonic()
+
+    def update(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Log the completed steps, the latest losses and the remaining time if the last line is old enough."""
+        now = time.monotonic()
+        if not self._is_shown or now - self._logged < _LOG_EVERY_SECONDS:
+            return
+        self._logged = now
+        losses = "".join(f", {name} {value:.4g}" for name, value in metrics.items() if name.endswith(".loss") and value)
+        step_seconds = (now - self._started) / (step - self.done)
+        minutes = step_seconds * (self.total - step) / 60
+        logger.info(
+            "%s: step %d of %d%s, %.3g s per step, %.0f min left",
+            *(self.name, step, self.total, losses, step_seconds, minutes),
+        )
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that accelerate has trackers with these names, and that their packages are installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f"there is no tracker {name!r}; choose one of: {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        if name not in installed:
+            raise ImportError(f"the tracker {name} is not installed; install it with: pip install {name}")
+
+
+@contextmanager
+def running_trackers(
+    accelerator: "accelerate.Accelerator", folder: Path, settings: Mapping[str, Any]
+) -> Iterator[None]:
+    """Start the trackers of an Accelerator for the run in a folder, and end them, unless the caller has started them.
+
+    The trackers receive those settings that are numbers or texts.
+    """
+    if not accelerator.log_with or accelerator.trackers:
+        yield
+        return
+    plain = {name: value for name, value in settings.items() if isinstance(value, str | int | float)}
+    accelerator.init_trackers(f"{folder.resolve().parent.name}-{folder.name}", config=plain)
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.trackers = []
+
+
+def log_audio(accelerator: "accelerate.Accelerator", folder: Path, step: int) -> None:
+    """Log the audio samples of a step, `*_step_0000100.wav`, with TensorBoard; other trackers receive numbers only."""
+    boards = [tracker.writer for tracker in accelerator.trackers if tracker.name == "tensorboard"]
+    for file in sorted(folder.glob(f"*_step_{step:07d}.wav")) if boards else ():
+        wave, sample_hz = soundfile.read(file, dtype="float32", always_2d=True)
+        for board in boards:
+            board.add_audio(f"samples/{file.name.partition('_step_')[0]}", wave[:, :1].T, step, sample_hz)
 
 
 def _numbers(values: list[Tensor | float]) -> list[float]:

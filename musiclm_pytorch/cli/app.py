@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handler.setFormatter(OneLineFormatter("%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logger_named("audiolm_pytorch.saving.sources").setLevel(logging.INFO)  # the licence of every model
+    logger_named("audiolm_pytorch.training.tracking").setLevel(logging.INFO)  # the progress of a training
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         check_words(words)

@@ -79,7 +79,7 @@ class TrainMusicGen(PresetOptions):
         from audiolm_pytorch.training.distributed import create_accelerator
         from musiclm_pytorch.pipeline.musicgen import musicgen_trainer
 
-        accelerator = create_accelerator()
+        accelerator = create_accelerator(self.track, self.out / "trackers")
         parts = self._parts(preset)
         channels = 2 if self.stereo else parts["codec"].channels
         items = training_items(self.data, None, min_seconds=1.0, channels=channels)

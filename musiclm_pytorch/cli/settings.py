@@ -24,6 +24,9 @@ class PresetOptions(ModelOptions):
     """Print all settings as YAML, which --config accepts, and end."""
     scale: float = 1.0
     """Factor for all step counts of the preset."""
+    track: tuple[str, ...] = ()
+    """Also log metrics with these trackers of accelerate: tensorboard (in OUT/trackers, with audio), wandb, trackio,
+    mlflow and others. metrics.jsonl is always written."""
     settings: Annotated[dict[str, str], tyro.conf.Suppress, tyro.conf.Fixed] = field(default_factory=dict)
 
     @staticmethod

@@ -57,6 +57,7 @@ class Train(PresetOptions):
 
     def execute(self) -> int:
         """Run the selected steps and print a line for each step."""
+        from audiolm_pytorch.training.distributed import create_accelerator
         from musiclm_pytorch.pipeline.pipeline import Pipeline
         from musiclm_pytorch.pipeline.presets import preset_named
         from musiclm_pytorch.pipeline.steps import check_step
@@ -69,8 +70,10 @@ class Train(PresetOptions):
             print_settings(preset)
             return 0
         parts = _pretrained_parts(self)
-        folders: dict[str, Any] = {"data": self.data, "out": self.out}
-        pipeline = Pipeline(preset, **folders, seed=self.seed, pretrained=parts, allow_changed=self.allow_changed)
+        # without trackers, the pipeline creates an Accelerator when it needs one
+        accelerator = create_accelerator(self.track, self.out / "trackers") if self.track else None
+        options: dict[str, Any] = {"seed": self.seed, "pretrained": parts, "allow_changed": self.allow_changed}
+        pipeline = Pipeline(preset, data=self.data, out=self.out, accelerator=accelerator, **options)
         if self.dry_run or self.dry_run_device is not None:
             from musiclm_pytorch.pipeline.estimate import estimate
 
