@@ -11,7 +11,10 @@ from audiolm_pytorch.saving.files import staged_files
 __all__ = ["write_loss_curve"]
 
 _WIDTH, _HEIGHT, _MARGIN = 800, 400, 50
-_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b")
+_COLOURS = (
+    *("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b"),
+    *("#e377c2", "#7f7f7f", "#bcbd22", "#17becf", "#ff7f0e"),
+)
 _MAX_POINTS = 1000
 
 Points = list[tuple[float, float]]

@@ -32,7 +32,8 @@ class Plot:
 
         plots: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for run in self.runs:
-            files = {"": run / "metrics.jsonl", **{file.parent.name: file for file in run.glob("*/metrics.jsonl")}}
+            files = {file.parent.name: file for file in sorted(run.glob("*/metrics.jsonl"))}
+            files[""] = run / "metrics.jsonl"
             rows = {step: MetricsFile(file).rows() for step, file in files.items() if file.is_file()}
             if not rows:
                 raise ValueError(f"{run} contains no metrics.jsonl of a training; pass the --out of musiclm train")

@@ -1,6 +1,7 @@
 """Functions that build untrained modules with the sizes of a preset."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -81,7 +82,7 @@ def build_semantic_objective(preset: Preset, encoder: BestRQEncoder) -> BestRQ:
 def build_semantic_tokenizer(preset: Preset) -> KMeansTokenizer:
     """Build a semantic tokenizer with random weights and centroids."""
     s = preset.semantic_tokenizer
-    encoder = build_semantic_encoder(preset).truncated(s.layer)
+    encoder = build_semantic_encoder(replace(preset, semantic_tokenizer=replace(s, depth=max(1, s.layer))))
     return KMeansTokenizer(encoder=encoder, layer=s.layer, centroids=torch.randn(s.num_clusters, s.dim))
 
 

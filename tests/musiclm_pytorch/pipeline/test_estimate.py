@@ -102,6 +102,18 @@ def test_memory_epochs_and_chance(micro_data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_estimates_of_a_device_grow_with_the_depth(micro_data: Path, tmp_path: Path) -> None:
+    """Estimates from models of one and two layers are those from the whole model."""
+    preset = replace(MICRO, mulan=replace(MICRO.mulan, depth=5), coarse=replace(MICRO.coarse, depth=5))
+    for step in ("mulan", "coarse"):
+        pipeline = Pipeline(preset, data=micro_data, out=tmp_path / "run")
+        [row] = estimate_steps(pipeline, step, "h100")
+        whole = vars(_Probe(pipeline, "h100")._training(step, getattr(preset, step)))
+        for name, value in vars(row).items():
+            assert value == (pytest.approx(whole[name], rel=0.01) if name != "step" else step), name
+
+
+@pytest.mark.slow
 def test_discriminators_are_part_of_the_time_and_the_memory(micro_data: Path, tmp_path: Path) -> None:
     """An adversarial codec trains more parameters with more operations; its codebooks are not initialised."""
     adversarial = replace(MICRO, codec=replace(MICRO.codec, adversarial=True))
