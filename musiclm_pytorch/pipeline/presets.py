@@ -271,7 +271,7 @@ _SMALL_STAGE = StageConfig(
     dim=768, depth=12, heads=12, dropout=0.1, cond_drop_prob=0.1, guidance_scale=3.0,
     objective=StageObjective(level_drop_prob=0.1), run=_SMALL_RUN,
 )  # fmt: skip
-# For one GPU: about a day. MusicLM's rates, with models of a tenth of its size.
+# For one GPU: about three days of an A100 by --dry-run-device. MusicLM's rates, with models of a quarter of its size.
 _SMALL = Preset(
     name="small",
     codec=SpectralCodecConfig(
