@@ -51,6 +51,8 @@ def check_dtype(wave: Any, name: str = "wave") -> None:
     if not wave.is_floating_point():
         advice = "" if wave.is_complex() or wave.dtype == torch.bool else "; divide integers by their full scale"
         raise ValueError(f"{name} must be a float tensor with values in -1..1, got {wave.dtype}{advice}")
+    if wave.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {wave.layout}; convert it with .to_dense()")
 
 
 def check_samples(wave: Any, name: str = "wave") -> None:

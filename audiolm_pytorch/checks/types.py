@@ -78,7 +78,9 @@ def typed(target: Target) -> Target:
                     _refuse_empty_path(inspect.signature(target).bind_partial(*args, **keywords))
             for number, name in lists_of_texts:
                 if isinstance(value := args[number] if number < len(args) else keywords.get(name), str):
-                    raise TypeError(f"{_name_of(target)}: {name} must be a list of texts, got the text {value!r:.60}")
+                    raise TypeError(
+                        f"{_name_of(target, args)}: {name} must be a list of texts, got the text {value!r:.60}"
+                    )
             try:
                 return checked(*args, **keywords)
             except _WrongTypeError as error:
@@ -129,10 +131,13 @@ def _refuse_number(target: Callable[..., Any], arguments: inspect.BoundArguments
     """Raise a ValueError that names the arguments that contain a wrong number."""
     for name, value in _named_values(arguments):
         if wrong := [number for number in _numbers(value) if _is_wrong(number, is_constructor)]:
+            place = f"{_name_of(target, arguments.args)}: {name}"
             if wrong[0] != wrong[0]:
-                raise ValueError(f"{_name_of(target)}: {name} must be a number, got NaN")
+                hint = str(target.__annotations__.get(name))
+                needed = "texts" if "str" in hint and not re.search("int|float", hint) else "a number"
+                raise ValueError(f"{place} must be {needed}, got NaN")
             shown = f"{wrong[0].bit_length()} bits" if isinstance(wrong[0], int) else f"{wrong[0]:g}"
-            raise ValueError(f"{_name_of(target)}: {name} must be a finite number below 2**64, got {shown}")
+            raise ValueError(f"{place} must be a finite number below 2**64, got {shown}")
 
 
 def _refuse_empty_path(arguments: inspect.BoundArguments) -> None:
@@ -156,7 +161,8 @@ def _refuse_size(target: Callable[..., Any], arguments: inspect.BoundArguments, 
         raise error
     size, name = max(sizes)
     raise _TooLargeError(
-        f"{_name_of(target)}: {name}={size:g} is too large, the weights do not fit into memory; use smaller sizes"
+        f"{_name_of(target, arguments.args)}: {name}={size:g} is too large, the weights do not fit into memory; use "
+        "smaller sizes"
     ) from error
 
 
@@ -168,8 +174,11 @@ def _named_values(arguments: inspect.BoundArguments) -> Iterator[tuple[str, Any]
             yield name, value
 
 
-def _name_of(target: Callable[..., Any]) -> str:
-    return target.__qualname__.removesuffix(".__init__").replace("<locals>.", "")
+def _name_of(target: Callable[..., Any], arguments: Sequence[Any]) -> str:
+    """Return the name of a function; a constructor has the name of the class that is built, not of a base class."""
+    if target.__name__ == "__init__" and arguments:
+        return type(arguments[0]).__name__
+    return target.__qualname__.replace("<locals>.", "")
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -214,7 +223,7 @@ def _convert_argument(target: Callable[..., Any], arguments: inspect.BoundArgume
     has_numbers = isinstance(value, list | tuple) and all(isinstance(item, int | float) for item in value)
     if "Tensor" in hint and (isinstance(value, np.ndarray) or has_numbers):
         advice = f"; convert it with torch.{'from_numpy' if isinstance(value, np.ndarray) else 'tensor'}"
-    raise TypeError(f"{_name_of(target)}: {name} must be {hint}, got {described(value)}{advice}")
+    raise TypeError(f"{_name_of(target, arguments.args)}: {name} must be {hint}, got {described(value)}{advice}")
 
 
 def _plain(value: Any, to_tuple: bool) -> Any:

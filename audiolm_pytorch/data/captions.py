@@ -92,7 +92,8 @@ def caption_and_labels(fields: dict[str, Any]) -> tuple[str | None, dict[str, An
         leaves = [leaf for leaf in _leaves(fields.get(name)) if leaf is not None and leaf == leaf]  # NaN is missing
         if not all(isinstance(leaf, str) and is_encodable(leaf) for leaf in leaves):
             raise ValueError(
-                f"{name!r} must be a text, a list of texts, or a dict of texts, got {ascii(fields[name])[:100]}"
+                f"{name!r} must be a text, a list of texts, or a dict of texts, which UTF-8 can store, got "
+                f"{ascii(fields[name])[:100]}"
             )
     caption, further = fields.get("caption"), texts_in(fields.get("captions"))
     if not isinstance(caption, str) or not caption.strip():

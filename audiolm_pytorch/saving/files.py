@@ -261,7 +261,7 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
 
     While a process has such a folder, it shares a lock of `folder`. Who has the lock alone removes what is left over.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.resolve().mkdir(parents=True, exist_ok=True)  # also the target of a link
     with _shared_lock(folder), tempfile.TemporaryDirectory(dir=folder, prefix=_STAGE_PREFIX) as name:
         yield Path(name)
 

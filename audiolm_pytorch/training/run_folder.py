@@ -41,7 +41,7 @@ def claimed_folder(folder: Path, markers: Mapping[str, Sequence[str]]) -> Iterat
     trainer of this process has locked the folder, a ValueError is raised.
     """
     check_folder_owner(folder, markers, RUN_KIND)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.resolve().mkdir(parents=True, exist_ok=True)  # also the target of a link
     with _locked(folder):
         _remove_partial_files(folder)
         yield

@@ -129,7 +129,7 @@ class MuLaNTask:
         texts = {text for item in self.dataset.items for text in (*texts_of(item), *aspects_of(item))}
         if len(texts) == 1:
             logger.warning(
-                "all %d files have the text %r, so that the loss is 0; use different captions",
+                "all %d files have the text %.200r, so that the loss is 0; use different captions",
                 *(self.num_items, texts.pop()),
             )
 

@@ -59,6 +59,10 @@ class MusicGenTrainer(StageTrainer):
         results_folder: str | Path = "./results/musicgen",
         **settings: Any,
     ) -> None:
+        if own := settings.keys() & {"transformer", "codec", "text_conditioner", "wav2vec", "conditioners"}:
+            raise TypeError(f"MusicGenTrainer has no argument {min(own)!r}, because it trains the parts of `musicgen`")
+        if lora_rank is None and lora_scale != 1:
+            raise ValueError(f"lora_scale={lora_scale} needs a lora_rank; pass one, or leave it out")
         chroma, transformer = musicgen.chroma, musicgen.transformer
         seconds = transformer.max_seconds if data_max_length_seconds is None else data_max_length_seconds
         self.musicgen, self.lora_rank, self.lora_scale = musicgen, lora_rank, lora_scale

@@ -109,6 +109,7 @@ REFUSED = {
         r"\[n\], \[b, n\] or \[b, 1, n\].*got shape \[1, 2, 3200\].*mean\(dim=1\)",
     ),
     "channels last": (torch.zeros(1, NUM, 1), r"got shape \[1, 3200, 1\]; samples are the last axis"),
+    "sparse": (torch.zeros(1, NUM).to_sparse(), r"must be a dense tensor, got torch.sparse_coo; .*to_dense"),
     "four axes": (torch.zeros(1, 1, 1, NUM), r"got shape \[1, 1, 1, 3200\]"),
     "no axis": (torch.tensor(0.5), r"got shape \[\]"),
     "no samples": (torch.zeros(1, 0), "not empty, got shape"),

@@ -79,6 +79,23 @@ def test_nan_is_no_number() -> None:
             call()
 
 
+def test_messages_name_what_was_called() -> None:
+    """Not the base class that has the constructor; and a missing text in a list of texts is no missing number."""
+
+    class Base:
+        @typed
+        def __init__(self, size: int, texts: str | Sequence[str] = ()) -> None:
+            pass
+
+    class Derived(Base):
+        pass
+
+    with pytest.raises(TypeError, match="^Derived: size must be int, got 'x'"):
+        Derived("x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^Derived: texts must be texts, got NaN$"):
+        Derived(1, ["a", float("nan")])  # type: ignore[list-item]
+
+
 def test_a_wrong_type_is_named_even_if_other_arguments_are_missing() -> None:
     """The first mistake to report is the one that was passed."""
     with pytest.raises(TypeError, match="real must be float, got 'x'"):

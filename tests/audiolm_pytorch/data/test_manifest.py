@@ -299,7 +299,7 @@ def test_a_missing_file_of_a_manifest_is_rejected(tmp_path: Path, write_tone: Ca
         ('{"file": "a.wav"}', "line 2: needs the field 'audio' (or 'file_name'), got ['file']"),
         (
             '{"audio": "a.wav", "caption": 3}',
-            "line 2: 'caption' must be a text, a list of texts, or a dict of texts, got 3",
+            "line 2: 'caption' must be a text, a list of texts, or a dict of texts, which UTF-8 can store, got 3",
         ),
         ('{"audio": "a.wav", "captions": [["a", ["b"]]]}', "line 2: 'captions' must be a text, a list"),
         ('{"audio": ' + "[" * 100_000, "line 2: the text is not JSON"),

@@ -102,6 +102,13 @@ def test_leftovers_in_the_folder_of_another_run_stay(tmp_path: Path) -> None:
         assert (tmp_path / "other" / ".writing-1").exists()
 
 
+def test_the_target_of_a_link_is_created(tmp_path: Path) -> None:
+    """A link to a folder of another disk that does not exist yet."""
+    (tmp_path / "run").symlink_to(tmp_path / "disk" / "run")
+    TrainLoop(ToyTask(), SETTINGS, tmp_path / "run").train(stop_after_steps=1)
+    assert (tmp_path / "run").is_symlink() and (tmp_path / "disk" / "run" / "checkpoint").is_dir()
+
+
 def test_two_trainers_do_not_share_a_folder(tmp_path: Path) -> None:
     """The second one is refused, in a thread of the same process too, and the first is not disturbed."""
     started, may_end = threading.Event(), threading.Event()

@@ -48,3 +48,12 @@ def test_error_of_the_trainer_leaves_the_model_unchanged(parts: MusicGen, tmp_pa
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert [parameter.requires_grad for parameter in model.parameters()] == trainable
+
+
+def test_arguments_without_effect_are_refused(parts: MusicGen, tmp_path: Path) -> None:
+    """The parts to train are those of the model, and a factor of low-rank updates needs their rank."""
+    options = {"folder": tmp_path, "batch_size": 1, "num_train_steps": 1, "results_folder": tmp_path / "run"}
+    with pytest.raises(TypeError, match="MusicGenTrainer has no argument 'codec'"):
+        MusicGenTrainer(parts, codec=parts.codec, **options)
+    with pytest.raises(ValueError, match="lora_scale=2.0 needs a lora_rank"):
+        MusicGenTrainer(parts, lora_scale=2.0, **options)
