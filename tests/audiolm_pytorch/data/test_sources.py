@@ -43,18 +43,27 @@ def test_every_format_of_libsndfile_is_used_and_others_are_named(
 ) -> None:
     """A sound is used or reported, never dropped without a word."""
     formats = {"wav": "WAV", "flac": "FLAC", "mp3": "MP3", "ogg": "OGG", "oga": "OGG", "aiff": "AIFF", "aif": "AIFF"}
-    formats |= {"aifc": "AIFF", "au": "AU", "caf": "CAF", "w64": "W64", "rf64": "RF64"}
+    formats |= {
+        "aifc": "AIFF",
+        "au": "AU",
+        "caf": "CAF",
+        "w64": "W64",
+        "rf64": "RF64",
+        "wave": "WAV",
+        "snd": "AU",
+        "sph": "NIST",
+    }
     wave = np.random.default_rng(0).uniform(-0.1, 0.1, 24000)
     for suffix, name in formats.items():
         soundfile.write(tmp_path / f"{suffix}.{suffix}", wave, 24000, format=name)
     soundfile.write(tmp_path / "x.opus", wave, 24000, format="OGG", subtype="OPUS")
-    for suffix in ("m4a", "aac", "webm", "mp4", "wma", "MKV", "opus.part"):
+    for suffix in ("m4a", "aac", "webm", "mp4", "wma", "MKV", "ra", "opus.part"):
         (tmp_path / f"no.{suffix}").write_bytes(b"\0" * 100)
     (tmp_path / "cover.jpg").write_bytes(b"picture")
     with caplog.at_level(logging.WARNING):
         report = load_items(tmp_path)
     assert {item.path.suffix for item in report.items} == {f".{suffix}" for suffix in (*formats, "opus")}
-    assert len(report.rejected) == 7 and all("cannot be decoded" in item.reason for item in report.rejected)
+    assert len(report.rejected) == 8 and all("cannot be decoded" in item.reason for item in report.rejected)
     assert len(caplog.records) == 1 and caplog.text.count("no.m4a") == 1 and "cover.jpg" not in caplog.text
 
 
