@@ -58,12 +58,15 @@ def test_semantic_tokens_change_where_a_click_is():
     tokenizer = parts()[0]
     wave = click_track(CLICKS, 3.0, MODEL_HZ)
     ids = tokenizer(wave[None])[0]
+    shifts = []
     for number, time in enumerate(CLICKS.tolist()):
         others = CLICKS[torch.arange(len(CLICKS)) != number]
         changed = (tokenizer(click_track(others, 3.0, MODEL_HZ)[None])[0] != ids).nonzero().flatten()
         frame = int(time * TOKENS_PER_SECOND)
         assert frame in changed.tolist()
-        assert abs(changed.float().quantile(0.5).item() - frame) <= 1
+        shifts.append(abs(changed.float().quantile(0.5).item() - frame))
+    # a single other token moves a median by half a frame; tokens that are one frame late have a mean of 0.9
+    assert max(shifts) <= 1.5 and sum(shifts) < 0.7 * len(shifts)
 
 
 def crops(tmp_path: Path) -> tuple[WaveSource, CoarseTransformer]:
