@@ -2,14 +2,18 @@
 
 import atexit
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from audiolm_pytorch.training.tracking import check_trackers
 
@@ -18,13 +22,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PersistentBuffers",
-    "average_gradients",
     "broadcast_tensors",
-    "merge_means",
     "create_accelerator",
+    "data_parallel",
     "map_over_processes",
     "map_tensors",
+    "mean_over_processes",
+    "merge_means",
     "to_device",
+    "unaveraged_gradients",
 ]
 
 Item = TypeVar("Item")
@@ -81,30 +87,44 @@ def map_tensors(batch: Any, function: Callable[[Any], Any]) -> Any:
     return batch
 
 
-def average_gradients(
-    accelerator: "accelerate.Accelerator", parameters: Sequence[nn.Parameter], loss: Tensor
-) -> Tensor:
-    """Replace each gradient by its mean over the processes, and return the mean of the scalar losses.
+def data_parallel(module: nn.Module, accelerator: "accelerate.Accelerator") -> nn.Module:
+    """Wrap a module that computes a loss, so that its backward pass averages the gradients over the processes.
 
-    DistributedDataParallel is not used, because it supports only one call of one module per loss. Gradients are
-    averaged after the backward pass. If a parameter has a gradient on only some processes, the other processes use a
-    zero gradient. All processes must pass the parameters in the same order.
+    DistributedDataParallel sends the gradients of the last layers while those of the first layers are computed. If a
+    parameter has a gradient on only some processes, the other processes use a zero gradient. The wrapper has a process
+    group of its own, as a loss may use collective operations in its backward pass (MuLaN), whose order beside those of
+    the gradients can differ between processes.
     """
     if accelerator.num_processes == 1:
-        return loss
-    present = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=loss.device)
-    means = accelerator.reduce(torch.cat([present, loss.detach().float().reshape(1)]), reduction="mean")
-    used = [parameter for parameter, share in zip(parameters, means[:-1].tolist(), strict=True) if share > 0]
-    for bucket in _buckets(used):
-        for parameter in bucket:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
-        flat = accelerator.reduce(torch.cat([gradient.reshape(-1) for gradient in gradients]), reduction="mean")
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
-    return means[-1]
+        return module
+    with warnings.catch_warnings():
+        # newer versions of torch have another name for broadcast_buffers
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            module,
+            process_group=_gradient_group(dist.group.WORLD),
+            find_unused_parameters=True,
+            broadcast_buffers=False,
+        )
+
+
+@cache
+def _gradient_group(world: Any) -> Any:
+    """Create the process group of all gradients, once for each group of all processes."""
+    return dist.new_group()
+
+
+def unaveraged_gradients(module: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which a module of `data_parallel` accumulates gradients without averaging."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+def mean_over_processes(accelerator: "accelerate.Accelerator", value: Tensor) -> Tensor:
+    """Return the mean of a scalar over the processes."""
+    if accelerator.num_processes == 1:
+        return value
+    mean: Tensor = accelerator.reduce(value.detach().float(), reduction="mean")
+    return mean
 
 
 def map_over_processes(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,14 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.text import logger_named, one_line
-from audiolm_pytorch.training.distributed import PersistentBuffers, average_gradients, broadcast_tensors
-from audiolm_pytorch.training.task import LoopSettings, LossOutput, OptimizerChoice, Phase, ScheduleChoice
+from audiolm_pytorch.training.distributed import (
+    PersistentBuffers,
+    broadcast_tensors,
+    data_parallel,
+    mean_over_processes,
+    unaveraged_gradients,
+)
+from audiolm_pytorch.training.task import LoopSettings, OptimizerChoice, Phase, ScheduleChoice
 
 if TYPE_CHECKING:
     import accelerate
@@ -55,6 +62,7 @@ class PhaseOptimizer:
                 f"{len(self._parameters)} parameters, {num_outside} of them outside of the task's module"
             )
         self._names = [names[parameter] for parameter in self._parameters]
+        self._loss_module = data_parallel(_PhaseLoss(phase), accelerator)
         choices: list[Any] = [settings.optimizer, settings.schedule]
         optimizer, schedule = [choice.get(phase.name) if isinstance(choice, dict) else choice for choice in choices]
         self._is_default = optimizer is None and schedule is None
@@ -137,13 +145,15 @@ class PhaseOptimizer:
         before = self._buffers.copy()
         metrics: list[dict[str, Tensor | float]] = []
         self.optimizer.zero_grad(set_to_none=True)
-        for batch in batches:
-            output = self._loss(batch, step)
-            # gradients of other phases' parameters are not computed
-            self._accelerator.backward(output.loss / len(batches), inputs=self._parameters)
-            metrics.append(_scalars({"loss": output.loss, **output.metrics}))
+        for number, batch in enumerate(batches, start=1):
+            # gradients are averaged in the backward pass of the last batch
+            with nullcontext() if number == len(batches) else unaveraged_gradients(self._loss_module):
+                loss, values = self._loss(batch, step)
+                # gradients of other phases' parameters are not computed
+                self._accelerator.backward(loss / len(batches), inputs=self._parameters)
+            metrics.append(values)
         losses = torch.stack([torch.as_tensor(values["loss"]).float() for values in metrics])
-        loss = average_gradients(self._accelerator, self._parameters, losses.sum())
+        loss = mean_over_processes(self._accelerator, losses.sum())
         used = [parameter for parameter in self._parameters if parameter.grad is not None]
         grad_norm = nn.utils.clip_grad_norm_(used, self._settings.max_grad_norm).to(loss.device)
         # the only wait for the device in a step
@@ -157,11 +167,12 @@ class PhaseOptimizer:
         metrics[-1]["grad_norm"] = grad_norm.detach()
         return metrics
 
-    def _loss(self, batch: Any, step: int) -> LossOutput:
-        """Compute the loss of the phase, under autocast if the precision is bf16."""
+    def _loss(self, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Compute the loss and the metrics of the phase, under autocast if the precision is bf16."""
         enabled = self._settings.precision == "bf16"
         with torch.autocast(self._accelerator.device.type, dtype=torch.bfloat16, enabled=enabled):
-            return self.phase.loss(batch, step)
+            loss, metrics = self._loss_module(batch, step)
+            return loss, metrics
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return optimizer tensors by `parameter name/state name`, and all other state as JSON-compatible data."""
@@ -236,6 +247,19 @@ class PhaseOptimizer:
         if choices[0] is None:
             choices[0] = [settings.get(name) for name in ("learning_rate", "weight_decay", "betas")]
         return choices
+
+
+class _PhaseLoss(nn.Module):
+    """Loss and metrics of a phase as one module, whose parameters are those of the phase's modules."""
+
+    def __init__(self, phase: Phase) -> None:
+        super().__init__()
+        self.parts, self._phase = nn.ModuleList(phase.modules), phase
+
+    def forward(self, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Return the loss, and the metrics without gradients."""
+        output = self._phase.loss(batch, step)
+        return output.loss, _scalars({"loss": output.loss, **output.metrics})
 
 
 def learning_rate_at(
