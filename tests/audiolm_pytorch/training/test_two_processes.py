@@ -67,13 +67,14 @@ class JoinedTask:
 
 
 def main(folder: Path, poisoned: bool) -> None:
-    """Train twice in one process group, the second time in two parts, and write what each process holds."""
+    """Train twice in one group, the second time in two parts and with workers, and write what each process holds."""
     rank = int(os.environ["RANK"])
     for name, parts in [("straight", [None]), ("parts", [3, None])]:
         for part in parts:
             # Other initial weights on the second process: the loop has to make them equal.
             task = JoinedTask(seed=rank, rank=rank if poisoned else 0)
-            TrainLoop(task, SETTINGS, folder / name).train(stop_after_steps=part)
+            settings = replace(SETTINGS, num_workers=0 if name == "straight" else 2)
+            TrainLoop(task, settings, folder / name).train(stop_after_steps=part)
         write_weights(folder / f"{name}-{rank}.safetensors", weights_of(task.module))
 
 
