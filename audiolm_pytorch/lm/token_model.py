@@ -126,7 +126,11 @@ class TokenTransformer(SavedModule):
         # The last embedding is used for empty cells of the layout. It is zero and has no gradient.
         self.embedding = nn.Embedding(layout.num_ids + 1, dim, padding_idx=layout.num_ids)
         self.heads = nn.ModuleList(nn.Linear(dim, head.num_logits, bias=False) for head in layout.heads)
-        for weight in (self.embedding.weight, *self.heads.parameters()):
+        # Sinusoidal positions have an amplitude of 1. If embeddings are far smaller, the tokens have no influence at
+        # first, and the loss stays at that of the frequencies of the tokens for hundreds of steps.
+        embedding_std = 1.0 if stack.get("positions") == "sinusoidal" else INIT_STD
+        nn.init.normal_(self.embedding.weight, std=embedding_std)
+        for weight in self.heads.parameters():
             nn.init.normal_(weight, std=INIT_STD)
         nn.init.zeros_(self.embedding.weight[layout.num_ids])
         self.fuser = ConditionFuser(specs, dim)

@@ -7,6 +7,7 @@ import torch
 
 from musiclm_pytorch.musicgen.musicgen import MusicGen
 from musiclm_pytorch.musicgen.trainer import MusicGenTrainer
+from musiclm_pytorch.musicgen.transformer import MusicGenTransformer
 
 pytest.importorskip("transformers")
 
@@ -36,6 +37,12 @@ def test_short_run_saves_a_whole_model(folder: Path, parts: MusicGen, tmp_path: 
     expected = model.transformer.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.transformer.state_dict().items())
     assert loaded.transformer.token_fingerprints["acoustic"] == model.codec.fingerprint()
+
+
+def test_new_tokens_have_the_scale_of_the_positions() -> None:
+    """Sinusoidal positions have an amplitude of 1. Far smaller embeddings of tokens have no influence at first."""
+    embedding = MusicGenTransformer(dim=32, depth=1, heads=2, codebook_size=100).embedding.weight[1:-2]
+    assert 0.7 < float(embedding.detach().std()) < 1.4
 
 
 def test_error_of_the_trainer_leaves_the_model_unchanged(parts: MusicGen, tmp_path: Path) -> None:
