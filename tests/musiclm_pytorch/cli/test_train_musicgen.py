@@ -85,7 +85,7 @@ def test_dry_run_writes_nothing(train, tmp_path: Path, capsys) -> None:
         lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
         assert {"tokens", "musicgen", "total"} < lines.keys()
         assert lines["musicgen"][2] == f"{num_tokens:,}"
-        assert float(lines["musicgen"][5]) > 0 or words != ["--dry-run"]
+        assert float(lines["musicgen"][-2]) > 0 or words != ["--dry-run"]
     assert not (tmp_path / "dry").exists()
 
 
