@@ -1,12 +1,12 @@
 """Loading of training batches, in the training process or ahead of it in worker processes."""
 
 import os
-import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -98,7 +98,9 @@ def _batch_or_error(loaded: _Loaded) -> Any:
 def _picklable(error: Exception) -> Exception:
     """Return the error, or a RuntimeError with its message if it cannot be sent to another process."""
     try:
-        return error if str(pickle.loads(pickle.dumps(error))) == str(error) else RuntimeError(str(error))
+        return (
+            error if str(ForkingPickler.loads(ForkingPickler.dumps(error))) == str(error) else RuntimeError(str(error))
+        )
     except Exception:  # of any kind: classes of errors are code of the user
         return RuntimeError(f"{type(error).__name__}: {error}")
 
