@@ -26,11 +26,13 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """The handler of Ctrl-C in a terminal; a shell starts background processes with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def terminal() -> Iterator[None]:
+    """The signal handlers of a process in a terminal; background processes start with SIGINT or SIGHUP ignored."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("name", ["codec/config.json", "model.safetensors", "metrics.jsonl", "samples/1.wav", "a.wav"])
@@ -202,7 +204,7 @@ def test_only_the_named_settings_may_change(tmp_path: Path) -> None:
 def test_a_signal_ends_the_step_and_writes_a_checkpoint(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    ctrl_c: None,
+    terminal: None,
     number: signal.Signals,
     expected: type[BaseException],
 ) -> None:
@@ -225,7 +227,7 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
     assert rows_of(tmp_path / "straight") == rows_of(tmp_path / "run")
 
 
-def test_a_second_signal_ends_at_once(ctrl_c: None) -> None:
+def test_a_second_signal_ends_at_once(terminal: None) -> None:
     """A hanging step can be interrupted."""
     with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT"), stop_signals() as request:
         os.kill(os.getpid(), signal.SIGTERM)
