@@ -107,7 +107,7 @@ class SoundStream(StreamingCodec):
         self.num_quantizers, self.codebook_size = self.quantizer.num_quantizers, self.quantizer.codebook_size
         self.num_groups = self.rq_groups = self.quantizer.num_groups
         self.rq_num_quantizers, self.codebook_dim = self.num_quantizers // self.num_groups, self.encoder.dim
-        # Other networks than the default ones have other settings.
+        # An encoder that is passed in may not have these settings.
         keep_arguments(
             self, {name: value for name, value in getattr(self.encoder, "config", {}).items() if name in conv}
         )

@@ -64,7 +64,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """Move every tensor in nested dataclasses, dicts, lists and tuples to a device.
 
     Unlike `send_to_device` of accelerate, this function also moves tensors in dataclasses. If the device is a CPU, the
-    batch is returned unchanged. A copy from page-locked memory to a GPU does not wait.
+    batch is returned unchanged. A copy from page-locked memory to a GPU does not block.
     """
     if device.type == "cpu":
         return batch

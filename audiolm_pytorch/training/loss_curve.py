@@ -26,7 +26,8 @@ def write_loss_curve(
     """Write a metric of runs over steps, from the rows of their metrics files by the name of the run.
 
     Each phase of a run has a line, and a dashed line at the value of guessing. Phases without the metric (such as the
-    loss in the validation of a codec) have no line. Without any line, no file is written; return whether there is one.
+    loss in the validation of a codec) have no line. Without any line, no file is written. Return whether a file was
+    written.
     """
     lines: dict[str, Points] = {}
     chances: dict[str, float] = {}

@@ -21,7 +21,7 @@ class PresetOptions(ModelOptions):
     config: Path | None = None
     """YAML file with settings that differ from those of the preset."""
     print_config: bool = False
-    """Print all settings as YAML, which --config accepts, and end."""
+    """Print all settings as YAML, which --config accepts with the same --preset, and end."""
     scale: float = 1.0
     """Factor for all step counts of the preset."""
     track: tuple[str, ...] = ()

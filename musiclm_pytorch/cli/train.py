@@ -44,7 +44,7 @@ class Train(PresetOptions):
     allow_changed: tuple[str, ...] = ()
     """Names of settings that may differ from those of the interrupted run, such as batch_size or num_train_steps."""
     dry_run: bool = False
-    """Print parameters, tokens, disk space and estimated time. Nothing is written."""
+    """Print parameters, tokens, epochs, chance loss, memory, disk space and estimated time. Nothing is written."""
     dry_run_device: str | None = None
     """Like --dry-run, with the estimated time on this GPU, such as a100, instead of a measurement on this machine."""
 

@@ -1,4 +1,4 @@
-"""`musiclm train musicgen --dry-run`: an estimate of parameters, tokens, disk space and time of the training."""
+"""`musiclm train musicgen --dry-run`: estimates of parameters, tokens, memory, disk space and time."""
 
 from collections.abc import Sequence
 from math import inf

@@ -248,7 +248,6 @@ class Pipeline:
                 for step in PRETRAINED_KINDS
             },
         }
-        self.accelerator.wait_for_everyone()
 
     def _report(self, step: str) -> dict[str, Any]:
         file = self.out / step / "report.json"

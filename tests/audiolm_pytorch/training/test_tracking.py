@@ -88,6 +88,7 @@ def test_tensorboard_has_numbers_and_audio(tmp_path: Path) -> None:
 def test_progress_is_logged_without_a_terminal(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     """A line every few minutes on the first process, and none on a terminal, which has a progress bar."""
     caplog.set_level("INFO", "audiolm_pytorch.training.tracking")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)  # pytest -s has a terminal
     clock = iter(range(0, 100_000, 100))
     monkeypatch.setattr(tracking, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     log = ProgressLog("codec", 10, 40, shown=True)
