@@ -130,15 +130,26 @@ def mean_over_processes(accelerator: "accelerate.Accelerator", value: Tensor) ->
 def map_over_processes(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """Return the results of a function for all items, each computed on one process, in the same order on every process.
 
-    The function must not use collective operations, and returns numbers, or tensors on the CPU.
+    The function must not use collective operations, and returns numbers, or tensors on the CPU. An error on one process
+    is an error on all of them.
     """
     rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-    own = [function(item) for item in items[rank::count]]
     if count == 1:
-        return own
-    shares: list[list[Result]] = [[] for _ in range(count)]
-    dist.all_gather_object(shares, own)
-    return [shares[number % count][number // count] for number in range(len(items))]
+        return [function(item) for item in items]
+    own: list[Result] = []
+    failure: Exception | None = None
+    try:
+        own = [function(item) for item in items[rank::count]]
+    except Exception as error:  # of any kind; the other processes wait for this one
+        failure = error
+    shares: list[tuple[list[Result], str | None]] = [([], None)] * count
+    dist.all_gather_object(shares, (own, None if failure is None else f"{type(failure).__name__}: {failure}"))
+    if failure is not None:
+        raise failure
+    for number, (_, message) in enumerate(shares):
+        if message is not None:
+            raise RuntimeError(f"process {number} failed: {message}")
+    return [shares[number % count][0][number // count] for number in range(len(items))]
 
 
 def broadcast_tensors(accelerator: "accelerate.Accelerator", tensors: Sequence[Tensor]) -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from audiolm_pytorch.data.batches import BatchPlan
 from audiolm_pytorch.training.distributed import map_tensors
 from audiolm_pytorch.training.rng import seed_rng
+from audiolm_pytorch.training.stopping import STOP_SIGNALS
 
 __all__ = ["loaded_batches"]
 
@@ -57,6 +58,9 @@ def loaded_batches(
         if num_workers:
             # an exception keeps references to the iterator, which would keep the workers alive
             iterator._shutdown_workers()  # type: ignore[attr-defined]
+            for worker in iterator._workers:  # type: ignore[attr-defined]
+                worker.kill()  # still alive after several seconds: it waits, for example for a network drive
+                worker.join()
 
 
 @dataclass
@@ -69,7 +73,7 @@ class _Loaded:
 
     def pin_memory(self) -> "_Loaded":
         """Copy all tensors to page-locked memory; the DataLoader calls this method."""
-        return _Loaded(map_tensors(self.batch, torch.Tensor.pin_memory), self.error, self.place)
+        return _Loaded(map_tensors(self.batch, _pinned), self.error, self.place)
 
 
 class _Batches(Dataset[_Loaded]):
@@ -77,11 +81,16 @@ class _Batches(Dataset[_Loaded]):
 
     def __init__(self, load: LoadBatch, plan: BatchPlan) -> None:
         self.load, self.plan = load, plan
+        self._can_be_sent = False
 
     def __getitem__(self, number: int) -> _Loaded:
         seed_rng(self.plan.seed, "batch", number, self.plan.rank, device=torch.device("cpu"))
         try:
-            return _Loaded(self.load(self.plan.indices(number)))
+            batch = self.load(self.plan.indices(number))
+            if get_worker_info() is not None and not self._can_be_sent:
+                _check_picklable(batch)
+                self._can_be_sent = True
+            return _Loaded(batch)
         except Exception as error:  # of any kind: data sets are code of the user
             if get_worker_info() is None:
                 raise
@@ -95,6 +104,14 @@ def _batch_or_error(loaded: _Loaded) -> Any:
     return loaded.batch
 
 
+def _check_picklable(batch: Any) -> None:
+    """Check that a batch can be sent to the training process, which would wait for it without end otherwise."""
+    try:
+        ForkingPickler.dumps(map_tensors(batch, lambda tensor: None))
+    except Exception as error:  # of any kind: batches are objects of the user
+        raise TypeError(f"batches must be picklable for worker processes, got: {error}; pass num_workers=0") from error
+
+
 def _picklable(error: Exception) -> Exception:
     """Return the error, or a RuntimeError with its message if it cannot be sent to another process."""
     try:
@@ -105,11 +122,16 @@ def _picklable(error: Exception) -> Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
+def _pinned(part: Any) -> Any:
+    """Copy a tensor to page-locked memory; a module stays the same."""
+    return part.pin_memory() if isinstance(part, torch.Tensor) else part
+
+
 def _unchanged(loaded: Any) -> Any:
     return loaded
 
 
 def _ignore_signals(worker: int) -> None:
-    """Leave SIGTERM and Ctrl-C, which all processes of a group receive, to the training process."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """Leave the signals that all processes of a group receive, such as Ctrl-C, to the training process."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

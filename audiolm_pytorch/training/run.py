@@ -280,7 +280,8 @@ class TrainingRun:
         if self.on_row is not None:
             self.on_row(row)
         if self.accelerator.trackers:
-            self.accelerator.log({f"{phase}/{name}": value for name, value in values.items()}, step=self.progress.step)
+            numbers = {f"{phase}/{name}": value for name, value in {**values, **extra}.items()}
+            self.accelerator.log(numbers, step=self.progress.step)
 
     def _write_checkpoint(self) -> None:
         """Write a checkpoint on the first process; the state is equal on all processes."""

@@ -9,16 +9,19 @@ from typing import Any
 
 from audiolm_pytorch.saving.text import logger_named
 
-__all__ = ["StopRequest", "end_by_signal", "stop_signals"]
+__all__ = ["STOP_SIGNALS", "StopRequest", "end_by_signal", "stop_signals"]
 
 # SIGHUP arrives when the terminal is closed; Windows does not have it.
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 logger = logger_named(__name__)
 
 
 class StopRequest:
-    """The number of the first signal in a `stop_signals` block, or 0; a second signal raises."""
+    """The number of the first signal in a `stop_signals` block, or 0; a second signal raises.
+
+    A second SIGHUP does not raise: a closed terminal sends it from the shell and from the kernel.
+    """
 
     def __init__(self, at_once: bool) -> None:
         self.number = 0
@@ -26,9 +29,9 @@ class StopRequest:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Store the signal; this method is the signal handler."""
-        if self._at_once or self.number:
+        if self._at_once or (self.number and signal.Signals(number).name != "SIGHUP"):
             end_by_signal(number, "")
-        self.number = number
+        self.number = self.number or number
 
     def end_if_requested(self, place: str) -> None:
         """Call `end_by_signal` if a signal has arrived; `place` names the finished work, e.g. "after epoch 3"."""
@@ -56,7 +59,7 @@ def stop_signals(at_once: bool = False) -> Iterator[StopRequest]:
     request = StopRequest(at_once)
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, request)

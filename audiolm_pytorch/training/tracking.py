@@ -135,7 +135,9 @@ class ProgressLog:
         if not self._is_shown or now - self._logged < _LOG_EVERY_SECONDS:
             return
         self._logged = now
-        losses = "".join(f", {name} {value:.4g}" for name, value in metrics.items() if name.endswith(".loss") and value)
+        losses = "".join(
+            f", {name} {value:.4g}" for name, value in metrics.items() if name.endswith(".loss") and value is not None
+        )
         step_seconds = (now - self._started) / (step - self.done)
         minutes = step_seconds * (self.total - step) / 60
         logger.info(
@@ -153,7 +155,8 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ValueError(f"there is no tracker {name!r}; choose one of: {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
         if name not in installed:
-            raise ImportError(f"the tracker {name} is not installed; install it with: pip install {name}")
+            package = '"musiclm[track]"' if name == "tensorboard" else name
+            raise ImportError(f"the tracker {name} is not installed; install it with: pip install {package}")
 
 
 @contextmanager
@@ -168,7 +171,8 @@ def running_trackers(
         yield
         return
     plain = {name: value for name, value in settings.items() if isinstance(value, str | int | float)}
-    accelerator.init_trackers(f"{folder.resolve().parent.name}-{folder.name}", config=plain)
+    folder = folder.resolve()
+    accelerator.init_trackers(f"{folder.parent.name}-{folder.name}", config=plain)
     try:
         yield
     finally:

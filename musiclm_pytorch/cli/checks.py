@@ -43,7 +43,8 @@ def check_words(words: Sequence[str]) -> None:
         option, is_pair, value = word.partition("=")
         if before != "generate" and not (value if is_pair and option.startswith("--") else word):
             place = f"of {option}" if option else f"after {before or 'musiclm'}"
-            raise ValueError(f"the value {place} is empty, perhaps from an unset variable; the current folder is .")
+            advice = "perhaps from an unset variable; pass a value, or . for the current folder"
+            raise ValueError(f"the value {place} is empty, {advice}")
 
 
 @dataclass(frozen=True, kw_only=True)

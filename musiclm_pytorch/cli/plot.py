@@ -15,7 +15,7 @@ __all__ = ["Plot"]
 class Plot:
     """Draw the loss of runs over training steps as SVG files, one for each step of the pipeline.
 
-    Runs are drawn over each other. A dashed line is the loss of guessing.
+    Runs are drawn over each other. A dashed line is the chance loss.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
@@ -46,6 +46,7 @@ class Plot:
         ]
         if not written:
             names = {name for runs in plots.values() for rows in runs.values() for row in rows for name in row}
+            names = {name for name in names if not name.endswith("chance")} - {"step", "phase", "seconds"}
             raise ValueError(f"no run has the metric {self.metric!r}; choose one of: {', '.join(sorted(names))}")
         for path in written:
             print(printable(path))

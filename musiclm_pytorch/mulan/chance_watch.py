@@ -16,7 +16,7 @@ _WINDOW_STEPS = 100
 
 
 class ChanceWatch:
-    """Logs one warning if the mean loss of the last 100 training steps is at least 98% of the loss of guessing.
+    """Logs one warning if the mean loss of the last 100 training steps is at least 98% of the chance loss.
 
     Pass a `ChanceWatch` to `TrainLoop` as `on_row`. The first check is 100 steps after the learning-rate warm-up.
     """
@@ -29,7 +29,7 @@ class ChanceWatch:
         self._rows: deque[tuple[int, int, float]] = deque()
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        """Compare `loss` in a row of training metrics with `chance`, the loss of guessing, if the row contains both."""
+        """Compare `loss` in a row of training metrics with `chance`, the chance loss, if the row contains both."""
         loss, chance, step = row.get("loss"), row.get("chance"), int(row["step"])
         if row["phase"] != self.phase or loss is None or chance is None or step <= self._step:
             return
@@ -45,7 +45,7 @@ class ChanceWatch:
             return
         self.warning = (
             f"{self.phase} training, step {step}: the mean loss of the last {num_steps} steps is {mean:.3f}, and the "
-            f"loss of guessing is {chance:.3f}. Check that batches have two clips or more with different captions, "
+            f"chance loss is {chance:.3f}. Check that batches have two clips or more with different captions, "
             "that files are not silent and match their captions, and that both towers are trained; try another "
             "learning rate, a longer warm-up or larger batches"
         )

@@ -172,7 +172,7 @@ class MuLaNTask:
 class MuLaNTrainer:
     """Trains a MuLaN on captioned audio files; training can be interrupted and resumed.
 
-    A warning is logged if the loss does not fall below the loss of guessing (see `ChanceWatch`).
+    A warning is logged if the loss does not fall below the chance loss (see `ChanceWatch`).
 
     Args:
         mulan: A MuLaN whose tokenizer was trained on the captions (`TextTokenizer.train`), or any joint embedding with

@@ -134,6 +134,7 @@ def start_run(folder: Path, seconds: float) -> int:
         status = 1
         try:
             os.setsid()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             task = ToyTask(on_batch=lambda count: time.sleep(seconds if count > 1 else 0))
             TrainLoop(task, replace(SETTINGS, num_train_steps=900, num_workers=2), folder).train()
         except KeyboardInterrupt:
@@ -161,12 +162,33 @@ def test_a_signal_to_all_processes_ends_the_run_with_a_checkpoint(tmp_path: Path
 
 
 @pytest.mark.slow
+def test_batches_that_cannot_be_sent_are_an_error() -> None:
+    """A batch with a local function would never arrive."""
+    with pytest.raises(TypeError, match="batches must be picklable for worker processes.*pass num_workers=0"):
+        load(lambda pairs: {"label": lambda: 0}, range(2), 1, 8)
+
+
+@pytest.mark.slow
+def test_a_worker_that_waits_ends_with_the_block() -> None:
+    """A worker that reads from a network drive that does not answer, after an error in the training."""
+    plan = BatchPlan(8, 2, 0)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="stop"):
+        with loaded_batches(lambda pairs: time.sleep(60), plan, range(2), 1):
+            raise RuntimeError("stop")
+    assert time.monotonic() - started < 30
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_lock_to_its_workers(tmp_path: Path) -> None:
     """The next run can begin while workers of a killed one still load a batch."""
     child = start_run(tmp_path, 5.0)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.killpg(child, 0)  # the workers live
-    with claimed_folder(tmp_path, {"checkpoint": ("step",)}):
-        pass
-    os.killpg(child, signal.SIGKILL)
+    try:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.killpg(child, 0)  # the workers live
+        with claimed_folder(tmp_path, {"checkpoint": ("step",)}):
+            pass
+    finally:
+        os.killpg(child, signal.SIGKILL)

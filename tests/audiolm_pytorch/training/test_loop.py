@@ -402,7 +402,7 @@ def test_results_are_saved_by_the_first_process_while_the_others_wait(tmp_path: 
 
 
 def test_the_loss_curve_has_every_phase(tmp_path: Path) -> None:
-    """An SVG file with a line per phase, a dashed line of the loss of guessing, and escaped names; NaN is left out."""
+    """An SVG file with a line per phase, a dashed line of the chance loss, and escaped names; NaN is left out."""
     TrainLoop(ToyTask(critic=True), SETTINGS, tmp_path).train()
     curve = (tmp_path / "loss.svg").read_text()
     root = ElementTree.fromstring(curve)

@@ -85,7 +85,7 @@ def test_validation_is_part_of_the_time(micro_data: Path, tmp_path: Path, monkey
 
 @pytest.mark.slow
 def test_memory_epochs_and_chance(micro_data: Path, tmp_path: Path) -> None:
-    """Larger batches need more memory, accumulated ones only more time; curves begin at the loss of guessing."""
+    """Larger batches need more memory, accumulated ones only more time; curves begin at the chance loss."""
     stage = replace(MICRO.semantic, run=replace(MICRO.semantic.run, precision="fp32"))
     rows = {}
     for name, change in {"one": {}, "large": {"batch_size": 40}, "often": {"grad_accum_every": 10}}.items():
