@@ -110,7 +110,8 @@ class WavePositionBias(nn.Module):
         self.num_axes = num_axes
         # Wavelengths from 2 to 128 positions in random directions. The bias starts at 0.
         directions = F.normalize(torch.randn(heads, num_waves, num_axes), dim=-1)
-        wavelengths = 2.0 ** torch.linspace(1, 7, num_waves)
+        # An explicit device: transformers replaces linspace for a while, and a device context may keep the replacement.
+        wavelengths = 2.0 ** torch.linspace(1, 7, num_waves, device=directions.device)
         self.frequencies = nn.Parameter(directions * (2 * torch.pi / wavelengths).unsqueeze(-1))
         self.phases = nn.Parameter(torch.zeros(heads, num_waves))
         self.amplitudes = nn.Parameter(torch.zeros(heads, num_waves))

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +142,8 @@ def start_run(folder: Path, seconds: float) -> int:
             status = 130
         except SystemExit as error:
             status = int(str(error))
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     while not (folder / "metrics.jsonl").exists():

@@ -156,7 +156,7 @@ def test_memory_does_not_grow_from_call_to_call(model: MusicGen) -> None:
     before = living_bytes()
     for seed in range(3):
         call(seed)
-    assert living_bytes() <= before
+    assert living_bytes() < before + 10_000  # a melody alone has 36,000
 
 
 @pytest.mark.slow
