@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from audiolm_pytorch.generation.sampling import (
     update_sampling,
 )
 from audiolm_pytorch.generation.windows import MARGIN_DIVISOR, SlidingWindowDecoder, StagePipeline
-from audiolm_pytorch.lm.compatibility import check_compatible, check_stages_compatible
+from audiolm_pytorch.lm.compatibility import check_compatible, check_loadable, check_stages_compatible
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.saving.construction import preserve_rng
@@ -115,6 +116,8 @@ class AudioLM(SharedModel):
         self.sampling = update_sampling(DEFAULT_SAMPLING, sampling or {})
 
     def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
+        modules = self.wav2vec, self.codec, self.audio_conditioner, self.text_conditioner
+        check_loadable(self.stages.values(), *modules)
         parts = {name: getattr(self, name) for name in _PARTS if getattr(self, name) is not None}
         sampling = {name: asdict(settings) for name, settings in self.sampling.items()}
         write_model_folder(folder, _CARD, parts, {"sampling": sampling}, dtype, _FINGERPRINTED)
@@ -129,10 +132,10 @@ class AudioLM(SharedModel):
             raise ValueError(f"the modules in {folder} are not compatible: {joined_lines(error)}") from error
 
     @property
-    def stages(self) -> dict[str, StageTransformer]:
-        """The stages by name, in the order of the pipeline."""
+    def stages(self) -> Mapping[str, StageTransformer]:
+        """The stages by name, in the order of the pipeline. To replace one, set e.g. `semantic_transformer`."""
         stages = (self.semantic_transformer, self.coarse_transformer, self.fine_transformer)
-        return {stage.namespace: stage for stage in stages if stage is not None}
+        return MappingProxyType({stage.namespace: stage for stage in stages if stage is not None})
 
     @property
     def device(self) -> torch.device:

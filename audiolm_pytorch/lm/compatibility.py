@@ -5,10 +5,14 @@ of a wrong tokenizer without an error, but then generates noise. Token shards an
 fingerprints of their tokenizers and conditioners.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import combinations
 from typing import Any
+
+import torch
+from torch import nn
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
@@ -18,7 +22,14 @@ from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 
-__all__ = ["agreed_fingerprints", "check_compatible", "check_stages_compatible", "shard_fingerprint"]
+__all__ = [
+    "agreed_fingerprints",
+    "as_loaded",
+    "check_compatible",
+    "check_loadable",
+    "check_stages_compatible",
+    "shard_fingerprint",
+]
 
 logger = logger_named(__name__)
 
@@ -65,6 +76,33 @@ def check_stages_compatible(*transformers: StageTransformer) -> None:
     differences = [line for pair in combinations(transformers, 2) for line in _stage_differences(*pair)]
     if differences:
         raise ValueError(f"the stages of the model are not compatible with each other: {'; '.join(differences)}")
+
+
+def check_loadable(
+    transformers: Iterable[StageTransformer],
+    wav2vec: SemanticTokenizer | None = None,
+    codec: Codec | None = None,
+    audio_conditioner: Conditioner | None = None,
+    text_conditioner: TextEncoder | None = None,
+) -> None:
+    """Check that a model can be loaded once it is saved: no part has changed since the stages were trained with it."""
+    wav2vec, codec, audio_conditioner, text_conditioner = map(
+        as_loaded, (wav2vec, codec, audio_conditioner, text_conditioner)
+    )
+    for transformer in transformers:
+        try:
+            kinds = transformer.token_fingerprints
+            agreed_fingerprints(transformer, wav2vec, codec, audio_conditioner, text_conditioner, kinds=kinds)
+        except ValueError as error:
+            raise ValueError(f"the saved model could not be loaded, so nothing is written: {error}") from error
+
+
+def as_loaded(module: Any) -> Any:
+    """Return a module as `load_module` will return it, in float32; a copy if it has another dtype."""
+    is_float = isinstance(module, nn.Module) and all(
+        not tensor.is_floating_point() or tensor.dtype == torch.float32 for tensor in module.state_dict().values()
+    )
+    return module if module is None or is_float else copy.deepcopy(module).float()
 
 
 def shard_fingerprint(wav2vec: SemanticTokenizer, codec: Codec) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import TextEncoder
+from audiolm_pytorch.lm.compatibility import check_loadable
 from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.hub import LoadedModel
 from audiolm_pytorch.saving.model_folder import read_model_folder, write_model_folder
@@ -75,6 +76,7 @@ def write_own_parts(
     folder: Path, parts: MusicGenParts, dtype: torch.dtype | None, bundled: Mapping[str, str] | None = None
 ) -> list[Path]:
     """Write the parts of a model in the format of this library; see `write_model_folder`."""
+    check_loadable([parts.transformer], codec=parts.codec, text_conditioner=parts.text_conditioner)
     modules: Mapping[str, Any] = {name: getattr(parts, name) for name in _PARTS}
     exact = {"codec": (), "text_conditioner": ()}  # their fingerprints must not change
     stored = {name: part for name, part in modules.items() if part is not None}

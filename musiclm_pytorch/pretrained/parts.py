@@ -15,6 +15,8 @@ from torch import nn
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import TextEncoder
+from audiolm_pytorch.lm.compatibility import as_loaded, check_loadable
+from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.saving.model_folder import read_model_folder, write_model_folder
 from audiolm_pytorch.semantic.base import SemanticTokenizer
@@ -56,7 +58,15 @@ def save_parts(
     The JSON-able entries of `about` are added to `musiclm.json`. Weights are stored as `dtype` (None keeps their
     types), except in a part that `dtype` would round although other parts store its fingerprint. `bundled` has the
     names of bundled modules, for parts that are not written.
+
+    Raises:
+        ValueError: If the model could not be loaded, since a part has changed after the stages were trained with it.
     """
+    stages = {name: part for name, part in parts.items() if isinstance(part, StageTransformer)}
+    modules: list[Any] = [parts.get(name) for name in ("semantic_tokenizer", "codec", "quantizer", "text_conditioner")]
+    check_loadable(stages.values(), *modules)
+    if "melody" in parts:
+        as_loaded(parts["melody"]).check_compatible(stages)
     return write_model_folder(folder, CARD, parts, about, dtype, _FINGERPRINTED, bundled)
 
 

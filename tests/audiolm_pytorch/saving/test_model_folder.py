@@ -68,6 +68,33 @@ def test_another_model_is_not_replaced_in_part(musiclm, tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
+def test_a_model_that_could_not_be_loaded_is_not_written(tmp_path):
+    """A codec that was trained further does not match the stages: saving says so, and the folder does not change."""
+    model = small_musiclm()
+    audio_lm = model.audio_lm
+    codec = audio_lm.codec.half().float()
+    audio_lm.coarse_transformer.token_fingerprints = {"acoustic": codec.fingerprint()}
+    codec.half()  # these weights are equal again after loading
+    model.save_pretrained(tmp_path / "musiclm")
+    assert MusicLM.from_pretrained(tmp_path / "musiclm").audio_lm.codec.fingerprint() == codec.float().fingerprint()
+    audio_lm.save_pretrained(tmp_path / "audiolm")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with torch.no_grad():
+        next(codec.parameters()).add_(1.0)
+    for part, folder in ((model, "musiclm"), (audio_lm, "audiolm")):
+        with pytest.raises(ValueError, match="nothing is written: the acoustic tokens have different fingerprints"):
+            part.save_pretrained(tmp_path / folder)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+    audio_lm.coarse_transformer.token_fingerprints.pop("acoustic")  # as the message says
+    audio_lm.save_pretrained(tmp_path / "audiolm")
+
+
+def test_a_stage_is_not_replaced_without_effect(musiclm):
+    """`stages` is computed at every access: a stage that is put into it would never be used."""
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        musiclm.audio_lm.stages["semantic"] = musiclm.audio_lm.semantic_transformer
+
+
 def test_audiolm_comes_back(tmp_path):
     """An AudioLM without fine stage and conditioner keeps only the parts that it has."""
     whole = small_audiolm()
