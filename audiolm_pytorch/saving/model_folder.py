@@ -8,8 +8,10 @@ The optional entry "bundled_parts" of a card, e.g. {"codec": "codec_16khz"}, lis
 folder, but in the folder bundled/<name> of the package.
 """
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +45,20 @@ def write_model_folder(
 ) -> list[Path]:
     """Write a model folder and return its files; an existing model is replaced only after all files are written.
 
-    Other files in the folder do not change; a ValueError is raised if a file that would be replaced is not of a saved
-    model or module. `settings` are further entries of the card. Weights are stored as `dtype`
-    (None keeps their types), except in a part in `exact` that would be rounded. `exact` names submodules of a part that
-    may be rounded. The parts in `bundled` are not written, since they equal the bundled modules with these names.
+    Parts of the existing model that the new one does not have are removed. Other files in the folder do not change; a
+    ValueError is raised if a file that would be replaced is not of a saved model or module. `settings` are further
+    entries of the card. Weights are stored as `dtype` (None keeps their types), except in a part in `exact` that would
+    be rounded. `exact` names submodules of a part that may be rounded. The parts in `bundled` are not written, since
+    they equal the bundled modules with these names.
     """
-    folder = Path(folder)
-    entries = {"parts": list(parts), **({"bundled_parts": dict(bundled)} if bundled else {})}
-    places = _part_folders(entries, folder / card)
+    folder, available = Path(folder), _bundled_folders()
     for part, name in (bundled or {}).items():
-        if part_fingerprint(load_module(places[part])) != part_fingerprint(parts[part]):
+        for value, choices in ((part, parts), (name, available)):
+            if value not in choices:
+                raise ValueError(f"got --bundled {part} {name}; choose one of {', '.join(choices)} for {value}")
+    entries = {"parts": list(parts), **({"bundled_parts": dict(bundled)} if bundled else {})}
+    for part, name in (bundled or {}).items():
+        if part_fingerprint(load_module(available[name])) != part_fingerprint(parts[part]):
             raise ValueError(f"the {part} is not the bundled module {name}: their fingerprints differ; store the part")
     parts = {part: module for part, module in parts.items() if part not in (bundled or {})}
     check_overwrite(folder / card, CARD_MARKS)
@@ -63,8 +69,10 @@ def write_model_folder(
             )
     for part in parts:
         check_overwrite(folder / part / _CONFIG, MODULE_MARKS, [folder / part / _WEIGHTS])
+    stale = [part for part in _stored_parts(folder / card) if part not in parts]
     # `_swap` moves the config of a part away after its weights, so that weights without a config are not of a model.
     files = [card, *(f"{part}/{file}" for part in parts for file in (_WEIGHTS, _CONFIG))]
+    stale_files = [f"{part}/{file}" for part in stale for file in (_WEIGHTS, _CONFIG)]
     with temporary_folder(folder) as stage:
         new, old = stage / "new", stage / "old"
         for part, module in parts.items():
@@ -74,18 +82,21 @@ def write_model_folder(
         content = {"format_version": _FORMAT_VERSION, **entries, **settings}
         write_json(new / card, content, sealed=True)
         for place in (folder, old):
-            for part in parts:
+            for part in (*parts, *stale):
                 (place / part).mkdir(parents=True, exist_ok=True)
-        _swap(new, folder, old, files)
+        _swap(new, folder, old, files, stale_files)
+    for part in stale:
+        with suppress(OSError):  # the folder contains other files
+            (folder / part).rmdir()
     return [folder / file for file in files]
 
 
-def _swap(new: Path, folder: Path, old: Path, names: Sequence[str]) -> None:
-    """Move files of `folder` to `old`, and files of `new` to `folder`; if a move fails, undo all moves.
+def _swap(new: Path, folder: Path, old: Path, names: Sequence[str], stale_names: Sequence[str]) -> None:
+    """Move files of `folder` to `old`, and the files `names` of `new` to `folder`; if a move fails, undo all moves.
 
     The card is the first of `names`. It is moved away first and moved in last, because it marks a complete model.
     """
-    moves = [(folder / name, old / name) for name in names if (folder / name).exists()]
+    moves = [(folder / name, old / name) for name in (*names, *stale_names) if (folder / name).exists()]
     moves += [(new / name, folder / name) for name in reversed(names)]
     done: list[tuple[Path, Path]] = []
     try:
@@ -96,6 +107,13 @@ def _swap(new: Path, folder: Path, old: Path, names: Sequence[str]) -> None:
         for source, target in reversed(done):
             target.rename(source)
         raise
+
+
+def _stored_parts(file: Path) -> list[str]:
+    """List the parts of an existing model, whose card is `file`, that are saved modules in its folder."""
+    names = json.loads(file.read_bytes())["parts"] if is_own(file, CARD_MARKS) else []
+    inside = [name for name in names if isinstance(name, str) and name.isidentifier()]  # a changed card may have ".."
+    return [name for name in inside if is_own(file.parent / name / _CONFIG, MODULE_MARKS)]
 
 
 @typed
@@ -140,7 +158,7 @@ def _part_folders(card: Mapping[str, Any], file: Path) -> dict[str, Path]:
         raise ValueError(
             f"bundled_parts in {file} must be a dict with keys from {', '.join(parts)}, got {bundled!r:.200}"
         )
-    available = {name: folder for name, folder in bundled_models().items() if (folder / _CONFIG).is_file()}
+    available = _bundled_folders()
     for name in bundled.values():
         if name not in list(available):
             raise ValueError(
@@ -148,6 +166,11 @@ def _part_folders(card: Mapping[str, Any], file: Path) -> dict[str, Path]:
                 f"{', '.join(available) or 'none'}; install the release that wrote the model, or export the model again"
             )
     return {part: available[bundled[part]] if part in bundled else file.parent / part for part in parts}
+
+
+def _bundled_folders() -> dict[str, Path]:
+    """Return the folders of the bundled modules by name."""
+    return {name: folder for name, folder in bundled_models().items() if (folder / _CONFIG).is_file()}
 
 
 @typed

@@ -30,10 +30,6 @@ class TrainMusicGen(PresetOptions):
     `--run.batch-size 6` or `--mix-prob 0.5`; `--print-config` lists them.
     """
 
-    data: Path
-    """Folder of audio files, or a folder or file with a JSONL manifest (audio, caption, labels)."""
-    out: Path
-    """Folder of the run. At the end, musiclm generate --model OUT uses the trained model."""
     from_model: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Fine-tune this MusicGen, a folder or a hub id such as facebook/musicgen-small, with the settings of --preset."""
     lora_rank: int | None = None
@@ -64,7 +60,7 @@ class TrainMusicGen(PresetOptions):
 
     def execute(self) -> int:
         """Train the model, and print its last validation metrics."""
-        check_at_least(self, seed=0, lora_rank=1)
+        check_at_least(self, seed=0, lora_rank=1, num_workers=0)
         if self.lora_rank is not None and self.from_model is None:
             raise ValueError("--lora-rank needs --from; add the model to fine-tune, or leave out --lora-rank")
         from musiclm_pytorch.pipeline.musicgen_presets import musicgen_preset
@@ -73,16 +69,17 @@ class TrainMusicGen(PresetOptions):
         if self.print_config:
             print_settings(preset)
             return 0
-        check_data(self.data)
+        data, out = self.folders()
+        check_data(data)
 
         from audiolm_pytorch.data.manifest import training_items
         from audiolm_pytorch.training.distributed import create_accelerator
         from musiclm_pytorch.pipeline.musicgen import musicgen_trainer
 
-        accelerator = create_accelerator(self.track, self.out / "trackers")
+        accelerator = create_accelerator(self.track, out / "trackers")
         parts = self._parts(preset)
         channels = 2 if self.stereo else parts["codec"].channels
-        items = training_items(self.data, None, min_seconds=1.0, channels=channels)
+        items = training_items(data, None, min_seconds=1.0, channels=channels)
         model = self._model(preset, parts, items[0])
         if self.dry_run or self.dry_run_device is not None:
             from musiclm_pytorch.pipeline.estimate_musicgen import estimate_musicgen
@@ -94,28 +91,29 @@ class TrainMusicGen(PresetOptions):
             preset,
             model,
             items,
-            out=self.out,
+            out=out,
             lora_rank=self.lora_rank,
             seed=self.seed,
             accelerator=accelerator,
             allow_changed=self.allow_changed,
+            num_workers=self.num_workers,
         )
         result = trainer.train()
-        trainer.loop.on_main_process(lambda: self._write_samples(trainer.musicgen, items[1]))
+        trainer.loop.on_main_process(lambda: self._write_samples(out, trainer.musicgen, items[1]))
         if accelerator.is_main_process:
             valid = [f"{name} {value:.4g}" for name, value in result.metrics.items() if name.startswith("valid.")]
             print(f"{result.step} steps  {'  '.join(valid[:2])}".rstrip())
-            print(printable(f'try: musiclm generate "a slow waltz" --model {self.out}'))
+            print(printable(f'try: musiclm generate "a slow waltz" --model {out}'))
         return 0
 
-    def _write_samples(self, model: "MusicGen", items: Any) -> None:
+    def _write_samples(self, out: Path, model: "MusicGen", items: Any) -> None:
         """Write music for the first captions of held-out files to `OUT/samples`."""
         if model.text_conditioner is not None:
             from musiclm_pytorch.pipeline.samples import MAX_SAMPLE_SECONDS, write_samples
 
             seconds = min(model.transformer.max_seconds or inf, MAX_SAMPLE_SECONDS)
             generate = partial(model, seconds=seconds, seed=self.seed)
-            write_samples(self.out / "samples", items, generate, model.sample_hz)
+            write_samples(out / "samples", items, generate, model.sample_hz)
 
     def _parts(self, preset: "MusicGenPreset") -> dict[str, Any]:
         """Load the codec and the text encoder of a new model, or the model to fine-tune and its codec."""

@@ -16,17 +16,25 @@ __all__ = ["PresetOptions", "print_settings", "split_settings"]
 class PresetOptions(ModelOptions):
     """Options of trainings with a preset, any setting of which is an option too, see `split_settings`."""
 
+    data: Path | None = None
+    """Folder of audio files, or a folder or file with a JSONL manifest (audio, caption, labels)."""
+    out: Path | None = None
+    """Folder of the run: checkpoints, metrics, and at the end the trained model."""
     preset: str = "tiny"
     """Sizes and training settings, see above."""
     config: Path | None = None
     """YAML file with settings that differ from those of the preset."""
     print_config: bool = False
-    """Print all settings as YAML, which --config accepts with the same --preset, and end."""
+    """Print all settings as YAML, which --config accepts with the same --preset, and end. --data and --out are not
+    needed."""
     scale: float = 1.0
     """Factor for all step counts of the preset."""
     track: tuple[str, ...] = ()
     """Also log metrics with these trackers of accelerate: tensorboard (in OUT/trackers, with audio), wandb, trackio,
     mlflow and others. metrics.jsonl is always written."""
+    num_workers: int = 0
+    """Worker processes of each training process, which load batches ahead of the training. They do not change the
+    result, and their number may differ when a run is continued."""
     settings: Annotated[dict[str, str], tyro.conf.Suppress, tyro.conf.Fixed] = field(default_factory=dict)
 
     @staticmethod
@@ -39,7 +47,14 @@ class PresetOptions(ModelOptions):
         from musiclm_pytorch.pipeline.settings import read_settings, with_settings
 
         file = {} if self.config is None else read_settings(self.config)
-        return with_settings(with_settings(preset.scaled(self.scale), file), self.settings)
+        return with_settings(preset.scaled(self.scale), {**file, **self.settings})
+
+    def folders(self) -> tuple[Path, Path]:
+        """Return --data and --out, or raise a ValueError if one is missing."""
+        if self.data is None or self.out is None:
+            missing = "--data" if self.data is None else "--out"
+            raise ValueError(f"{missing} is missing; add it, or print the settings with --print-config")
+        return self.data, self.out
 
 
 def print_settings(preset: Any) -> None:

@@ -3,12 +3,12 @@
 import shlex
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from audiolm_pytorch.saving.text import printable
+from musiclm_pytorch.cli.checks import check_at_least
 from musiclm_pytorch.cli.settings import PresetOptions, print_settings
 
 __all__ = ["Train"]
@@ -22,17 +22,14 @@ class Train(PresetOptions):
     encoder, see `musiclm train kmeans --help`; to train a MusicGen, see `musiclm train musicgen --help`.
 
     The presets are tiny (two CPU cores), small (one GPU) and paper (the sizes of MusicLM). Every setting of a preset is
-    an option, for example `--semantic.run.learning-rate 1e-4`; `--print-config` lists them.
+    an option, for example `--semantic.run.learning-rate 1e-4`; `musiclm train all --print-config` lists
+    them.
     """
 
     step: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STEP")]
     """all, or one of: codec, semantic-tokenizer, mulan, quantizer, tokens, semantic, coarse, fine. Optional steps (not
     in all) add melodies to a trained model: melody, melody-semantic, melody-coarse; they need the label pitch_class
     (notes) in the manifest."""
-    data: Path
-    """Folder of audio files, or a folder or file with a JSONL manifest (audio, caption, labels)."""
-    out: Path
-    """Folder of the run: checkpoints and metrics, and at the end the model in OUT/model."""
     seed: int = 0
     """Seed of initial weights, data order and noise."""
     codec: str | None = None
@@ -69,11 +66,21 @@ class Train(PresetOptions):
         if self.print_config:
             print_settings(preset)
             return 0
+        check_at_least(self, num_workers=0)
+        data, out = self.folders()
         parts = _pretrained_parts(self)
         # without trackers, the pipeline creates an Accelerator when it needs one
-        accelerator = create_accelerator(self.track, self.out / "trackers") if self.track else None
-        options: dict[str, Any] = {"seed": self.seed, "pretrained": parts, "allow_changed": self.allow_changed}
-        pipeline = Pipeline(preset, data=self.data, out=self.out, accelerator=accelerator, **options)
+        accelerator = create_accelerator(self.track, out / "trackers") if self.track else None
+        pipeline = Pipeline(
+            preset,
+            data=data,
+            out=out,
+            seed=self.seed,
+            accelerator=accelerator,
+            pretrained=parts,
+            allow_changed=self.allow_changed,
+            num_workers=self.num_workers,
+        )
         if self.dry_run or self.dry_run_device is not None:
             from musiclm_pytorch.pipeline.estimate import estimate
 

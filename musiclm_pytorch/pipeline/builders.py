@@ -82,7 +82,7 @@ def build_semantic_objective(preset: Preset, encoder: BestRQEncoder) -> BestRQ:
 def build_semantic_tokenizer(preset: Preset) -> KMeansTokenizer:
     """Build a semantic tokenizer with random weights and centroids."""
     s = preset.semantic_tokenizer
-    encoder = build_semantic_encoder(replace(preset, semantic_tokenizer=replace(s, depth=max(1, s.layer))))
+    encoder = build_semantic_encoder(replace(preset, semantic_tokenizer=replace(s, depth=s.layer)))
     return KMeansTokenizer(encoder=encoder, layer=s.layer, centroids=torch.randn(s.num_clusters, s.dim))
 
 

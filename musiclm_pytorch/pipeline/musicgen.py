@@ -89,6 +89,7 @@ def musicgen_trainer(
     seed: int = 0,
     accelerator: "accelerate.Accelerator | None" = None,
     allow_changed: Sequence[str] = (),
+    num_workers: int = 0,
 ) -> MusicGenTrainer:
     """Build the trainer of a MusicGen with the settings of a preset; missing tokens are computed first.
 
@@ -100,6 +101,7 @@ def musicgen_trainer(
         items: Training items and validation items.
         lora_rank: Rank of low-rank updates, see `MusicGenTrainer`.
         allow_changed: Names of settings that may differ from those of the interrupted run.
+        num_workers: Worker processes that load batches, see `LoopSettings`. The result does not depend on it.
     """
     out, accelerator = Path(out), accelerator or create_accelerator()
     data: dict[str, Any] = {}
@@ -135,6 +137,7 @@ def musicgen_trainer(
             accelerator=accelerator,
             seed=seed,
             allow_changed=tuple(allow_changed),
+            num_workers=num_workers,
         )
 
 

@@ -78,6 +78,7 @@ class Pipeline:
         pretrained: Modules that replace the steps "codec", "semantic-tokenizer" or "mulan", by the name of the step.
         allow_changed: Names of settings in `run.json` or of trainers that may differ from those of an interrupted run.
             Unfinished steps continue with the new settings; finished steps are not repeated.
+        num_workers: Worker processes that load batches, see `LoopSettings`. The results do not depend on it.
     """
 
     @typed
@@ -91,10 +92,12 @@ class Pipeline:
         accelerator: "accelerate.Accelerator | None" = None,
         pretrained: Mapping[str, nn.Module] | None = None,
         allow_changed: Sequence[str] = (),
+        num_workers: int = 0,
     ) -> None:
         self.preset, self.data, self.out, self.seed = preset, Path(data), Path(out), seed
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
+        for name, value in (("seed", seed), ("num_workers", num_workers)):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
         check_folder_owner(self.out, run_folder.RUN_MARKS, RUN_KIND)
         self.pretrained = dict(pretrained or {})
         check_pretrained(preset, self.pretrained)
@@ -102,7 +105,7 @@ class Pipeline:
         self.items = training_items(self.data, None, min_seconds=1.0, channels=channels)
         self.train_items, self.valid_items = self.items
         self._accelerator = accelerator
-        self.allow_changed = tuple(allow_changed)
+        self.allow_changed, self.num_workers = tuple(allow_changed), num_workers
 
     @cached_property
     def accelerator(self) -> "accelerate.Accelerator":
@@ -372,8 +375,13 @@ class Pipeline:
         load_weights(quantizer.table(stage), read_weights(file, sealed=True)[0], where=str(file))
 
     def _loop(self, step: str) -> dict[str, Any]:
-        shared = dict(accelerator=self.accelerator, seed=self.seed, allow_changed=self.allow_changed)
-        return dict(results_folder=self.out / step, **shared)
+        return dict(
+            results_folder=self.out / step,
+            accelerator=self.accelerator,
+            seed=self.seed,
+            allow_changed=self.allow_changed,
+            num_workers=self.num_workers,
+        )
 
     def _train(self, trainer: Any) -> dict[str, Any]:
         """Train to the last step; return the last metrics, with the time of interrupted runs as `earlier_seconds`."""

@@ -131,6 +131,12 @@ class SemanticConfig(TransformerConfig):
     sample_hz: int = 16000
     token_hz: int = 25
 
+    def __post_init__(self) -> None:
+        """Check also that the encoder has the layer."""
+        super().__post_init__()
+        if not 1 <= self.layer <= self.depth:
+            raise ValueError(f"layer must be from 1 to depth, got layer={self.layer} and depth={self.depth}")
+
 
 @typed
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +229,14 @@ class Preset:
     fine: StageConfig
     num_coarse_quantizers: int
     melody: MelodyConfig = _MELODY
+
+    def __post_init__(self) -> None:
+        """Check that the fine stage has levels to predict."""
+        if not 1 <= self.num_coarse_quantizers < self.codec.num_quantizers:
+            raise ValueError(
+                f"num_coarse_quantizers must be at least 1 and below codec.num_quantizers={self.codec.num_quantizers}, "
+                f"got {self.num_coarse_quantizers}"
+            )
 
     def scaled(self, scale: float) -> "Preset":
         """Copy the preset and multiply every number of training steps by `scale`; each result is at least 10 steps."""

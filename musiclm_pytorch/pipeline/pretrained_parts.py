@@ -1,6 +1,7 @@
 """Checks of pretrained modules that replace steps of the training pipeline."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ PRETRAINED_KINDS: dict[str, Any] = {"codec": Codec, "semantic-tokenizer": Semant
 
 @typed
 def check_pretrained(preset: Preset, parts: Mapping[str, nn.Module]) -> None:
-    """Check that the pretrained module of each step in `parts` can be saved, and that the other steps can use it."""
+    """Check that the modules of all steps are compatible, and that the pretrained ones in `parts` can be saved."""
     for step, module in parts.items():
         if step not in PRETRAINED_KINDS:
             raise ValueError(f"step {step} accepts no pretrained module; pass one for: {', '.join(PRETRAINED_KINDS)}")
@@ -35,18 +36,18 @@ def check_pretrained(preset: Preset, parts: Mapping[str, nn.Module]) -> None:
             module_spec(module)
         except TypeError as error:
             raise ValueError(f"the pretrained {step} {type(module).__name__} cannot be saved: {error}") from error
-    if "codec" in parts or "semantic-tokenizer" in parts:
-        with preserve_rng():
+    one_layer = replace(preset, semantic_tokenizer=replace(preset.semantic_tokenizer, depth=1, layer=1))
+    with preserve_rng():
+        tokenizer = parts.get("semantic-tokenizer") or build_semantic_tokenizer(one_layer)
+        with torch.device("meta"):
             codec = parts.get("codec") or build_codec(preset)
-            tokenizer = parts.get("semantic-tokenizer") or build_semantic_tokenizer(preset)
             for stage in STAGES:
                 _check_stage(preset, stage, codec, tokenizer)
 
 
 def _check_stage(preset: Preset, stage: str, codec: Any, tokenizer: Any) -> None:
     """Check that a training crop of a stage contains a time at which frames of all token streams start together."""
-    with torch.device("meta"):
-        layout = build_stage(preset, stage, codec=codec, tokenizer=tokenizer).layout
+    layout = build_stage(preset, stage, codec=codec, tokenizer=tokenizer).layout
     frame_hz, seconds = layout.predicted[0].exact_hz, getattr(preset, stage).run.seconds
     if frames_inside(seconds, frame_hz) < layout.frame_alignment:
         rates_hz = {stream.name: float(stream.exact_hz) for stream in layout.streams}

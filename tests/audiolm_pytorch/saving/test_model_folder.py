@@ -14,6 +14,7 @@ from audiolm_pytorch.codecs import SoundStream
 from audiolm_pytorch.lm.stages import CoarseTransformer, SemanticTransformer
 from audiolm_pytorch.nn.film import FiLM
 from audiolm_pytorch.saving.files import read_json, write_json
+from audiolm_pytorch.saving.model_folder import PART_FILES, write_model_folder
 from audiolm_pytorch.saving.modules import SavedModule, load_module, save_module
 from musiclm_pytorch.musiclm import MusicLM
 from tests.helpers.small_models import small_audiolm, small_musiclm, small_soundstream, small_spectral_codec
@@ -93,6 +94,24 @@ def test_a_stage_is_not_replaced_without_effect(musiclm):
     """`stages` is computed at every access: a stage that is put into it would never be used."""
     with pytest.raises(TypeError, match="does not support item assignment"):
         musiclm.audio_lm.stages["semantic"] = musiclm.audio_lm.semantic_transformer
+
+
+def test_parts_that_the_new_model_lacks_are_removed(tmp_path):
+    """Complaint: an export with --bundled codec left the codec of an older export. Other files and folders remain."""
+    part = FiLM(dim=2)
+    (tmp_path / "model").mkdir()
+    save_module(part, tmp_path)  # beside the model
+    save_module(part, tmp_path / "model" / "mine")
+    parts = {name: part for name in ("codec", "fine", "coarse")}
+    write_model_folder(tmp_path / "model", "card.json", parts, {})
+    (tmp_path / "model" / "fine" / "notes.txt").write_text("mine")
+    card = read_json(tmp_path / "model" / "card.json")
+    write_json(tmp_path / "model" / "card.json", {**card, "parts": [*parts, "..", "../mine", ["x"]]})
+    write_model_folder(tmp_path / "model", "card.json", {"coarse": part}, {})
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    saved = {f"{place}{file}" for place in ("", "model/mine/", "model/coarse/") for file in PART_FILES}
+    assert files == saved | {"model/card.json", "model/fine/notes.txt"}
+    assert not (tmp_path / "model" / "codec").exists()
 
 
 def test_audiolm_comes_back(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import soundfile
 import torch
+import yaml
 
 from musiclm_pytorch.cli import generate as generate_command, train as train_command
 from musiclm_pytorch.evaluation.plots import plot_wave
@@ -162,8 +163,9 @@ def test_settings_of_options_and_files(musiclm_command, micro_data, tmp_path, ca
     words = ("train", "codec", "--preset", "micro", "--data", micro_data, "--out", tmp_path / "run", "--scale", "2")
     words += ("--config", tmp_path / "some.yaml", "--codec.run.batch-size", "2")
     assert musiclm_command(*words, "--print-config") == 0
-    (tmp_path / "all.yaml").write_text(capsys.readouterr().out)
-    assert musiclm_command(*words) == 0
+    assert "num_workers" not in (printed := capsys.readouterr().out)
+    (tmp_path / "all.yaml").write_text(printed)
+    assert musiclm_command(*words, "--num-workers", "1") == 0
     preset = json.loads((tmp_path / "run" / "run.json").read_text())["preset"]
     assert preset["codec"]["dim"] == 40 and preset["semantic"]["run"]["num_train_steps"] == 24
     assert (preset["codec"]["run"]["batch_size"], preset["codec"]["run"]["num_train_steps"]) == (2, 11)
@@ -173,6 +175,16 @@ def test_settings_of_options_and_files(musiclm_command, micro_data, tmp_path, ca
     assert "done before" in capsys.readouterr().out
     assert musiclm_command(*words, "--codec.run.batch-size=4") == 2
     assert "preset.codec.run.batch_size: found 2, expected 4" in capsys.readouterr().err
+
+
+def test_settings_are_printed_without_a_folder(musiclm_command, tmp_path, capsys):
+    """--print-config needs no --data and no --out; values of the file and of options are checked together."""
+    (tmp_path / "some.yaml").write_text("semantic: {dim: 258}\n")
+    words = ("--config", tmp_path / "some.yaml", "--semantic.heads", "6", "--print-config")
+    assert musiclm_command("train", "all", "--preset", "tiny", *words) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["semantic"]["heads"] == 6
+    assert musiclm_command("train", "musicgen", "--dim", "66", "--heads", "6", "--print-config") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["dim"] == 66
 
 
 def test_steps_are_announced_on_a_terminal_only(monkeypatch, capsys):
@@ -271,7 +283,6 @@ unknown command | sing | sing.*Available subcommands: generate, train, export, c
 missing text | generate | the text is empty; describe the music
 unknown option | generate x --secnds 3 | --secnds.*Perhaps you meant: --seconds
 no number | generate x --seconds abc | --seconds.*'abc'
-missing options | train all | --data PATH.*--out PATH
 kmeans without options | train kmeans | --encoder STR.*--layer INT.*--data PATH.*--out PATH.*train kmeans --help
 kmeans, unknown option | train kmeans --encoder E --layer 1 --data D --out O --preset x | Unrecognized.*--preset
 kmeans, no number | train kmeans --encoder E --layer x --data D --out O | --layer.*'x'
@@ -312,6 +323,11 @@ misspelt option | train all --dryrun --data DATA --out TMP/out | no setting dryr
 no config | train all --config TMP/none.yaml --data DATA --out TMP/out | cannot read TMP/none.yaml
 scale | train all --scale nan --data DATA --out TMP/out | scale must be a number, got NaN
 negative seed | train all --seed -1 --data DATA --out TMP/out | seed must not be negative, got -1
+no data | train all --out TMP/out | --data is missing
+no out | train all --data DATA | --out is missing
+negative workers | train all --data DATA --out TMP/out --num-workers -1 | --num-workers must be at least 0
+no layer | train all --data DATA --out TMP/out --semantic-tokenizer.layer 99 | layer must be from 1 to depth
+levels | train all --data DATA --out TMP/out --preset tiny --num-coarse-quantizers 9 | below codec.num_quantizers=4
 no codec | train all --data DATA --out TMP/out --codec tinny | tinny.*bundled model: codec_16khz
 codec elsewhere | train all --data DATA --out TMP/out --codec a/b --offline | local cache .offline.* has no model a/b
 no tokenizer | train all --data DATA --out TMP/out --semantic-tokenizer EMPTY | no complete SemanticTokenizer

@@ -55,6 +55,9 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 @bad_input(
     """
 unknown preset | train musicgen --data DATA --out TMP/out --preset huge | no preset 'huge'.*tiny, small
+no data | train musicgen --out TMP/out | --data is missing
+no out | train musicgen --data DATA | --out is missing
+negative workers | train musicgen --data DATA --out TMP/out --num-workers -1 | --num-workers must be at least 0
 missing data | train musicgen --data TMP/none --out TMP/out | TMP/none: no such folder or manifest
 zero batch | train musicgen --data DATA --out TMP/out --run.batch-size 0 | batch_size is 0; it must be 1 or more
 zero rank | train musicgen --data DATA --out TMP/out --from X --lora-rank 0 | --lora-rank must be at least 1

@@ -56,6 +56,8 @@ def test_other_parts_are_not_left_out(run, tmp_path) -> None:
     """A part without an equal bundled module must be in the folder."""
     with pytest.raises(ValueError, match="the codec is not the bundled module semantic_16khz"):
         export_musicgen(run, tmp_path / "out", bundled={"codec": "semantic_16khz"})
-    with pytest.raises(ValueError, match="bundled_parts in .*musicgen.json must be a dict with keys from transformer"):
+    with pytest.raises(ValueError, match="got --bundled codec codec; choose one of .*codec_16khz.* for codec"):
+        export_musicgen(run, tmp_path / "out", bundled={"codec": "codec"})
+    with pytest.raises(ValueError, match="got --bundled semantic semantic_16khz; choose one of transformer.*codec"):
         export_musicgen(run, tmp_path / "out", bundled={"semantic": "semantic_16khz"})
     assert not (tmp_path / "out").exists()
