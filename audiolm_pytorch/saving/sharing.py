@@ -13,7 +13,7 @@ from torch import nn
 
 from audiolm_pytorch.checks.types import typed, usable_device
 from audiolm_pytorch.saving.sources import find_folder, is_noncommercial
-from audiolm_pytorch.saving.text import one_line
+from audiolm_pytorch.saving.text import one_line, printable
 
 __all__ = ["SharedModel", "card_text", "write_card"]
 
@@ -88,9 +88,12 @@ class SharedModel(nn.Module):
         folder, _ = find_folder(source, needs=files, **hub)
         place = next((folder / file for file in files if (folder / file).is_file()), None)
         if place is None:
+            within = sorted(path.parent for level in ("*", "*/*") for path in folder.glob(f"{level}/{cls.main_file}"))
+            names = ", ".join(printable(str(path)) for path in within[:8])
+            advice = "the folder of a saved model or of a finished training run"
+            advice = f"the right one of the folders {names}" if within else advice
             raise ValueError(
-                f"{folder} contains no complete {cls.__name__} ({cls.main_file} is missing); pass the folder of a "
-                "saved model or of a finished training run"
+                f"{folder} contains no complete {cls.__name__} ({cls.main_file} is missing); pass {advice}"
             )
         return place.parent
 

@@ -219,6 +219,19 @@ def test_wrong_devices_and_revisions_are_named(tmp_path):
         Codec.from_pretrained(tmp_path, revision="v2")
 
 
+def test_the_folders_of_parts_are_named(tmp_path):
+    """The folder of a finished run, or of a composed model, is passed for a part: the message names the part's."""
+    small_soundstream().save_pretrained(tmp_path / "run" / "codec")
+    with pytest.raises(
+        ValueError, match=r"run contains no complete Codec .*; pass the right one of the folders .*run/codec$"
+    ):
+        Codec.from_pretrained(tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"audiolm.json is missing\); pass the folder of a saved model or of a finished"
+    ):
+        AudioLM.from_pretrained(tmp_path / "run")
+
+
 def test_a_tokenizer_is_not_a_codec(tmp_path):
     """The class that loads decides."""
     small_tokenizer().save_pretrained(tmp_path)
