@@ -1,6 +1,6 @@
 """`musiclm train musicgen`: train or fine-tune a MusicGen on captioned audio."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -80,12 +80,23 @@ class TrainMusicGen(PresetOptions):
         parts = self._parts(preset)
         channels = 2 if self.stereo else parts["codec"].channels
         items = training_items(data, None, min_seconds=1.0, channels=channels)
-        model = self._model(preset, parts, items[0])
+        # the estimate for a GPU needs no deep model
+        sizes = preset if self.dry_run_device is None else replace(preset, depth=1)
+        model = self._model(sizes, parts, items[0])
         if self.dry_run or self.dry_run_device is not None:
             from musiclm_pytorch.pipeline.estimate_musicgen import estimate_musicgen
 
             model.to(accelerator.device)
-            print(estimate_musicgen(preset, model, items, lora_rank=self.lora_rank, assumed=self.dry_run_device))
+            table = estimate_musicgen(
+                preset,
+                model,
+                items,
+                lora_rank=self.lora_rank,
+                assumed=self.dry_run_device,
+                depth=preset.depth if self.from_model is None else None,
+                num_processes=accelerator.num_processes,
+            )
+            print(table)
             return 0
         trainer = musicgen_trainer(
             preset,

@@ -34,6 +34,8 @@ __all__ = [
     "estimate",
     "estimate_steps",
     "estimate_table",
+    "extrapolated",
+    "num_bytes",
     "seconds_per_crop",
     "step_function",
     "training_memory",
@@ -53,8 +55,8 @@ _VALIDATION = {"codec": (64, 3.0, 2), "semantic": (128, 0.0, 1), "coarse": (128,
 _MAX_CAPTIONS = 1000
 # Time of a validation as a share of a training step on equal crops: a forward pass without a backward pass.
 VALIDATION_SHARE = 1 / 3
-# Weights, gradients and two moments of AdamW in float32.
-_MEMORY_PER_PARAMETER = 16
+# Weights, gradients and two moments of AdamW in float32; and the buckets in which processes exchange gradients.
+_MEMORY_PER_PARAMETER, _BUCKET_BYTES = 16, 4
 # For a trained parameter: two checkpoints (weights and two moments of AdamW), the final weights, and twice as float16.
 # At the end of a step, the float16 files remain.
 BYTES_PER_PARAMETER = 2 * 12 + 4 + 4
@@ -66,7 +68,7 @@ class StepEstimate:
     """Estimated cost of one pipeline step; a finished or pretrained step needs no time.
 
     Attributes:
-        memory_bytes: Memory of weights, gradients, moments of AdamW, and activations of one batch of one process.
+        memory_bytes: Memory of weights, gradients, moments of AdamW, EMA, and activations of one batch of one process.
         num_epochs: Seconds of all training crops, divided by the seconds of the training files.
         chance_loss: Loss of uniform guesses, with which the training of most models begins; None = no such loss.
     """
@@ -117,7 +119,7 @@ def estimate_table(
     times = f"times on {device} with {torch.get_num_threads()} threads"
     if assumed is not None:
         times = f"times of a {assumed} at {_UTILISATION:.0%} of {DEVICES[assumed]} TFLOP/s, without reading of files"
-    lines.append(f"{files}; {times}; memory of weights, gradients, AdamW and the activations of one batch")
+    lines.append(f"{files}; {times}; memory of weights, gradients, AdamW, EMA and the activations of one batch")
     return "\n".join(lines)
 
 
@@ -159,16 +161,15 @@ class _Probe:
 
     def estimate(self, step: str) -> StepEstimate:
         if step in self.pipeline.pretrained:
-            return StepEstimate(step, disk_bytes=_num_bytes(self.pipeline.pretrained[step]))
+            return StepEstimate(step, disk_bytes=num_bytes(self.pipeline.pretrained[step]))
         if step in ("quantizer", "tokens"):
             return self._encoding(step)
         config = getattr(self.preset, step.replace("-", "_"))
         if self.assumed is None or not isinstance(config, TransformerConfig):
             return self._training(step, config)
         # parameters, operations and memory grow linearly with the depth, so that no large model is built
-        one, two = (vars(self._training(step, replace(config, depth=depth))) for depth in (1, 2))
-        grown = {name: one[name] + (config.depth - 1) * (two[name] - one[name]) for name in one if name != "step"}
-        return StepEstimate(step, **grown)
+        one, two = (self._training(step, replace(config, depth=depth)) for depth in (1, 2))
+        return extrapolated(one, two, config.depth)
 
     def _training(self, step: str, config: Any) -> StepEstimate:
         """Estimate the cost of a step that trains a model."""
@@ -196,7 +197,9 @@ class _Probe:
             num_tokens=round(total_seconds * token_hz),
             disk_bytes=num_parameters * BYTES_PER_PARAMETER,
             seconds=seconds,
-            memory_bytes=training_memory(num_parameters, loss, run, self.device, num_crops),
+            memory_bytes=training_memory(
+                num_parameters, loss, run, self.device, num_crops, self.pipeline.accelerator.num_processes
+            ),
             num_epochs=total_seconds / sum(item.num_samples / item.sample_hz for item in self.pipeline.train_items),
             chance_loss=chance,
         )
@@ -274,7 +277,7 @@ class _Probe:
         seconds = self._seconds(step, encode, 1) * total_seconds / crop_seconds
         if step == "quantizer":
             # a quantizer holds its MuLaN, which is far larger than the codebooks
-            return StepEstimate(step, 0, len(items) * self.preset.quantizer.num_quantizers, _num_bytes(mulan), seconds)
+            return StepEstimate(step, 0, len(items) * self.preset.quantizer.num_quantizers, num_bytes(mulan), seconds)
         num_tokens = round(total_seconds * (_frame_hz(codec) * codec.num_quantizers + _frame_hz(tokenizer)))
         num_windows = len(items) + total_seconds / mulan.window_stride_seconds
         disk_bytes = round(BYTES_PER_TOKEN * (num_tokens + num_windows * mulan.dim_latent))
@@ -301,12 +304,25 @@ def step_function(
     return train_step
 
 
+def extrapolated(one: StepEstimate, two: StepEstimate, depth: int) -> StepEstimate:
+    """Return the estimate for a model of `depth` layers from those for one and two layers."""
+    values, steps = vars(one), vars(two)
+    grown = {name: values[name] + (depth - 1) * (steps[name] - values[name]) for name in values if name != "step"}
+    return StepEstimate(one.step, **grown)
+
+
 def training_memory(
-    num_parameters: int, loss: Callable[[int], Tensor], run: RunConfig, device: torch.device, num_crops: float
+    num_parameters: int,
+    loss: Callable[[int], Tensor],
+    run: RunConfig,
+    device: torch.device,
+    num_crops: float,
+    num_processes: int,
 ) -> int:
     """Estimate the bytes for trained parameters, and for what `loss` keeps of `num_crops` crops for gradients."""
     one, two = (_saved_bytes(partial(_forward, loss, number, run, device)) if num_crops else 0 for number in (1, 2))
-    return round(num_parameters * _MEMORY_PER_PARAMETER + (two - one) * num_crops)
+    bytes_per_parameter = _MEMORY_PER_PARAMETER + (_BUCKET_BYTES if num_processes > 1 else 0)
+    return round(num_parameters * bytes_per_parameter + (two - one) * num_crops)
 
 
 def _saved_bytes(forward: Callable[[], Tensor]) -> int:
@@ -359,5 +375,6 @@ def _frame_hz(tokenizer: Any) -> float:
     return tokenizer.target_sample_hz / tokenizer.downsample_factor
 
 
-def _num_bytes(module: nn.Module) -> int:
+def num_bytes(module: nn.Module) -> int:
+    """Return the size of the saved weights of a module."""
     return sum(weight.numel() * weight.element_size() for weight in module.state_dict().values())

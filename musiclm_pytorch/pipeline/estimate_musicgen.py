@@ -10,11 +10,12 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.data.manifest import AudioItem, captions_of
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
+from audiolm_pytorch.lm.task import chance_losses
 from audiolm_pytorch.nn.low_rank import add_low_rank
 from audiolm_pytorch.saving.construction import preserve_rng
 from musiclm_pytorch.musicgen.musicgen import MusicGen
+from musiclm_pytorch.musicgen.transformer import MusicGenTransformer
 from musiclm_pytorch.pipeline.estimate import (
-    BYTES_PER_PARAMETER,
     BYTES_PER_TOKEN,
     MAX_CROP_SECONDS,
     MAX_CROPS,
@@ -22,6 +23,8 @@ from musiclm_pytorch.pipeline.estimate import (
     StepEstimate,
     check_assumed,
     estimate_table,
+    extrapolated,
+    num_bytes,
     seconds_per_crop,
     step_function,
     training_memory,
@@ -33,6 +36,9 @@ __all__ = ["estimate_musicgen"]
 
 _MAX_VALID_ITEMS = 128  # of a validation
 _BYTES_PER_CHROMA = 4
+_EMA_BYTES = 4
+# Two checkpoints contain two moments of AdamW, and the EMA.
+_CHECKPOINT_BYTES = 2 * (8 + _EMA_BYTES)
 
 
 @typed
@@ -43,17 +49,30 @@ def estimate_musicgen(
     *,
     lora_rank: int | None = None,
     assumed: str | None = None,
+    depth: int | None = None,
+    num_processes: int = 1,
 ) -> str:
     """Estimate the cost of `musicgen_trainer` with these arguments, and return a table as text; no file is written.
 
-    Times are measured on the device of the model, whose weights change, or computed for the GPU `assumed`.
+    Times are measured on the device of the model, whose weights change, or computed for the GPU `assumed` and a model
+    of `depth` blocks (None = those of the model), of which only models with one and two blocks are built.
     """
     check_assumed(assumed)
     with preserve_rng():
-        probe = _Probe(preset, model, items, assumed)
-        rows = [] if preset.mix_prob > 0 else [probe.tokens()]
-        rows.append(probe.training(lora_rank))
+        options = preset, items, assumed, num_processes
+        rows = [] if preset.mix_prob > 0 else [_Probe(model, *options).tokens()]
+        if assumed is None:
+            rows.append(_Probe(model, *options).training(lora_rank))
+        else:
+            one, two = (_Probe(_with_depth(model, number), *options).training(lora_rank) for number in (1, 2))
+            rows.append(extrapolated(one, two, depth or model.transformer.config["depth"]))
     return estimate_table(rows, items, model.device, assumed, {})
+
+
+def _with_depth(model: MusicGen, depth: int) -> MusicGen:
+    """Return a model with the codec and the text encoder of `model`, and an untrained transformer of `depth` blocks."""
+    transformer = MusicGenTransformer(**{**model.transformer.config, "depth": depth}).to(model.device)
+    return type(model)(transformer=transformer, codec=model.codec, text_conditioner=model.text_conditioner)
 
 
 class _Probe:
@@ -61,18 +80,20 @@ class _Probe:
 
     def __init__(
         self,
-        preset: MusicGenPreset,
         model: MusicGen,
+        preset: MusicGenPreset,
         items: tuple[Sequence[AudioItem], Sequence[AudioItem]],
         assumed: str | None,
+        num_processes: int,
     ) -> None:
         self.preset, self.model, self.items, self.assumed = preset, model, items, assumed
+        self.num_processes = num_processes
         stream = model.transformer.layout.predicted[0]
         self.rate_hz, self.num_levels = float(stream.exact_hz), stream.num_levels
         self.seconds = min(preset.run.seconds, model.transformer.max_seconds or inf)
         self.crop_seconds = min(self.seconds, MAX_CROP_SECONDS)
         self.melody_frames = model.transformer.melody_frames or 0
-        self.captions = [text for item in items[0][:MAX_CROPS] for text in captions_of(item)[:1]] or [""]
+        self.captions = [text for item in items[0][:MAX_CROPS] for text in captions_of(item)[:1]] or ["music"]
 
     def tokens(self) -> StepEstimate:
         """Estimate the cost of encoding every file once."""
@@ -86,7 +107,9 @@ class _Probe:
     def training(self, lora_rank: int | None) -> StepEstimate:
         """Estimate the cost of the training; a step takes a time in proportion to the rows of its crops."""
         model, run = self.model, self.preset.run
-        trained = [model.transformer, *([] if model.text_conditioner is None else [model.text_conditioner])]
+        text = model.text_conditioner
+        trains_text = text is not None and any(weight.requires_grad for weight in text.parameters())
+        trained = [model.transformer, *([text] if text is not None and trains_text else [])]
         if lora_rank is not None:
             add_low_rank(model.transformer, lora_rank)
             trained = [model.transformer]
@@ -100,13 +123,18 @@ class _Probe:
         num_parameters = sum(weight.numel() for weight in parameters)
         num_tokens = round(num_crops * self.seconds * self.rate_hz * self.num_levels)
         at_once = run.batch_size * rows / crop_rows
+        memory = training_memory(num_parameters, self._loss, run, model.device, at_once, self.num_processes)
+        frozen_bytes = num_bytes(model) - 4 * num_parameters
+        trained_bytes = num_parameters * _CHECKPOINT_BYTES + 2 * sum(map(num_bytes, trained))
         return StepEstimate(
             "musicgen",
             num_parameters,
             num_tokens,
-            disk_bytes=num_parameters * BYTES_PER_PARAMETER,
+            disk_bytes=trained_bytes + num_bytes(model),
             seconds=seconds * rows / crop_rows,
-            memory_bytes=training_memory(num_parameters, self._loss, run, model.device, at_once),
+            memory_bytes=memory + num_parameters * _EMA_BYTES + frozen_bytes,
+            num_epochs=num_crops * self.seconds / sum(item.num_samples / item.sample_hz for item in self.items[0]),
+            chance_loss=chance_losses(model.transformer)["loss"],
         )
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """`musiclm train musicgen`: new models, interrupted runs, fine-tuning, stereo, mixed clips, two processes."""
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from musiclm_pytorch import MusicGen
 from musiclm_pytorch.cli import main
 from musiclm_pytorch.musicgen.trainer import MusicGenTrainer
+from musiclm_pytorch.pipeline import estimate_musicgen as estimate_module
 from musiclm_pytorch.pipeline.musicgen_presets import MUSICGEN_PRESETS
 from musiclm_pytorch.pipeline.presets import RunConfig
 from tests.helpers.bad_input import bad_input, check_bad_input
@@ -79,8 +81,16 @@ def test_wrong_words(musiclm_command, micro_data: Path, tmp_path: Path, words, m
     check_bad_input(musiclm_command, words, message, {"DATA": micro_data, "TMP": tmp_path}, capfd)
 
 
-def test_dry_run_writes_nothing(train, tmp_path: Path, capsys) -> None:
+def test_dry_run_writes_nothing(train, tmp_path: Path, capsys, monkeypatch) -> None:
     """The table has the parameters and tokens of the training; on a GPU, the time follows from the operations."""
+    devices = []
+
+    def seconds_per_crop(work, max_crops, device, assumed=None):
+        devices.append(assumed)
+        work(1)
+        return 2.0
+
+    monkeypatch.setattr(estimate_module, "seconds_per_crop", seconds_per_crop)
     codec = tiny_codec()
     num_tokens = 6 * 4 * 2 * codec.target_sample_hz // codec.downsample_factor  # steps, crops of 1 s, levels
     for words in (["--dry-run"], ["--dry-run-device", "a100"]):
@@ -88,7 +98,10 @@ def test_dry_run_writes_nothing(train, tmp_path: Path, capsys) -> None:
         lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
         assert {"tokens", "musicgen", "total"} < lines.keys()
         assert lines["musicgen"][2] == f"{num_tokens:,}"
-        assert float(lines["musicgen"][-2]) > 0 or words != ["--dry-run"]
+        # 24 crops of 1 s from files of 9 s; 8 validations with one held-out file, at a third of the time of a crop
+        assert lines["musicgen"][3:5] == [f"{24 / 9:.3g}", f"{math.log(codec.codebook_size):.2f}"]
+        assert lines["musicgen"][-2:] == [f"{2.0 * (24 + 8 / 3):.1f}", "s"]
+    assert devices == [None, None, "a100", "a100", "a100"]
     assert not (tmp_path / "dry").exists()
 
 

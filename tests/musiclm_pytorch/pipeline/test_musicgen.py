@@ -1,6 +1,7 @@
 """Presets of MusicGen, and the token shards of its training."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,10 @@ from musiclm_pytorch.musicgen.augmentation import TextAugmentation
 from musiclm_pytorch.musicgen.chroma import ChromaConditioner
 from musiclm_pytorch.musicgen.text_tower import TextTowerEncoder
 from musiclm_pytorch.musicgen.transformer import MusicGenTransformer
+from musiclm_pytorch.pipeline.estimate import extrapolated, num_bytes
+from musiclm_pytorch.pipeline.estimate_musicgen import _Probe, _with_depth
 from musiclm_pytorch.pipeline.musicgen_presets import MUSICGEN_PRESETS, musicgen_preset
+from musiclm_pytorch.pipeline.presets import RunConfig
 from musiclm_pytorch.pipeline.token_shards import compute_music_tokens
 from tests.helpers.small_codecs import tiny_codec
 
@@ -82,3 +86,26 @@ def test_shards_have_the_tokens_and_melodies_of_their_windows(tmp_path: Path) ->
     batch = source.batch([(0, 5), (1, 0)])
     assert batch.captions == ["tone 2. genre: rock", "tone 0. genre: rock"]
     assert batch.conditions["melody"].embeddings.shape == (2, 8, 12)
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_estimates_grow_with_the_depth_and_have_frozen_weights(tmp_path: Path, lora_rank: int | None) -> None:
+    """Models of one and two blocks stand for a deep one. Memory and disk contain frozen weights and the EMA."""
+    soundfile.write(tmp_path / "a.wav", np.zeros(32000), 16000)
+    items = load_items(tmp_path).items
+    run = RunConfig(6, 4, 1.0, 1e-3, precision="fp32")
+    preset = replace(musicgen_preset("tiny"), run=run)
+    text = TextTowerEncoder(TextTransformer(dim=16, depth=1, heads=2, dim_head=8, num_tokens=256))
+    codec = tiny_codec().eval()
+    model = MusicGen(codec=codec, text_conditioner=text, melody=True, dim=16, depth=5, heads=2, max_seconds=1.0)
+    options = preset, (items, items), "a100"
+    one, two = (_Probe(_with_depth(model, depth), *options, 1).training(lora_rank) for depth in (1, 2))
+    many = _Probe(_with_depth(model, 5), *options, 2).training(lora_rank)
+    frozen_bytes, module_bytes = num_bytes(codec), num_bytes(model.transformer)
+    whole = _Probe(model, *options, 1).training(lora_rank)
+    for name, value in vars(extrapolated(one, two, 5)).items():
+        assert value == (pytest.approx(vars(whole)[name], rel=0.01) if name != "step" else "musicgen"), name
+    trained = whole.num_parameters
+    assert many.memory_bytes - whole.memory_bytes == 4 * trained
+    assert whole.memory_bytes > 20 * trained + frozen_bytes + (0 if lora_rank is None else module_bytes)
+    assert whole.disk_bytes >= 24 * trained + 3 * module_bytes + frozen_bytes
