@@ -106,14 +106,14 @@ def estimate_table(
     sums = ("num_parameters", "num_tokens", "disk_bytes", "seconds")
     totals: dict[str, Any] = {name: sum(getattr(row, name) for row in rows) for name in sums}
     totals["memory_bytes"] = max(row.memory_bytes for row in rows)
-    heads = f"{'tokens':>20}{'epochs':>11}{'chance loss':>13}{'memory':>10}{'disk':>14}{'time':>14}"
+    heads = f"{'tokens':>20}{'epochs':>11}{'chance loss':>13}{'memory':>12}{'disk':>14}{'time':>14}"
     lines = [f"{'step':20}{'parameters':>14}{heads}"]
     for row in [*rows, StepEstimate("total", **totals)]:
         epochs = f"{row.num_epochs:,.3g}" if row.num_epochs else ""
         chance = "" if row.chance_loss is None else f"{row.chance_loss:.2f}"
         memory = f"{row.memory_bytes / 1e9:,.1f} GB" if row.memory_bytes else ""
         disk, duration = f"{row.disk_bytes / 1e6:,.1f} MB", states.get(row.step, _duration(row.seconds))
-        cells = f"{row.num_tokens:20,}{epochs:>11}{chance:>13}{memory:>10}{disk:>14}{duration:>14}"
+        cells = f"{row.num_tokens:20,}{epochs:>11}{chance:>13}{memory:>12}{disk:>14}{duration:>14}"
         lines.append(f"{row.step:20}{row.num_parameters:14,}{cells}")
     files = f"{len(items[0]):,} training and {len(items[1]):,} held-out files"
     times = f"times on {device} with {torch.get_num_threads()} threads"
