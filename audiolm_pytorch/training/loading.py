@@ -48,10 +48,15 @@ def loaded_batches(
         num_workers=num_workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals,
         multiprocessing_context="fork" if num_workers else None,
     )
-    iterator = iter(loader)
+    # All processes of a group receive Ctrl-C and the like. Workers inherit the block, and leave them to the training.
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if num_workers else None
+    try:
+        iterator = iter(loader)
+    finally:
+        if unblocked is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
     try:
         yield map(_batch_or_error, iterator)
     finally:
@@ -129,9 +134,3 @@ def _pinned(part: Any) -> Any:
 
 def _unchanged(loaded: Any) -> Any:
     return loaded
-
-
-def _ignore_signals(worker: int) -> None:
-    """Leave the signals that all processes of a group receive, such as Ctrl-C, to the training process."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

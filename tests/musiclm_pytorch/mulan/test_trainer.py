@@ -352,7 +352,7 @@ def test_loss_stuck_at_chance_warns(
     trainer = _trainer(corpus, tmp_path / "run", steps=110, mulan=mulan, learning_rate=rate)
     with caplog.at_level(logging.WARNING):
         result = trainer.train()
-    told = [record.getMessage() for record in caplog.records if "guessing" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "chance loss" in record.getMessage()]
     if fault is None:
         assert told == [] and trainer.watch.warning is None and result.metrics["mulan.loss"] < 0.5
         return
