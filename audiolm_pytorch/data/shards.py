@@ -248,7 +248,11 @@ class TokenShards:
         """Return the largest number of rows of a field in any record."""
         if field not in self._fields:
             raise ValueError(f"{self.folder} has no field {field!r}, it has {list(self._fields)}")
-        return max(int(np.diff(self._offsets(number, field)).max()) for number in range(len(self._chunk_digests)))
+        lengths = []
+        for number in range(len(self._chunk_digests)):
+            self._check_chunk(number)
+            lengths.append(int(np.diff(self._offsets(number, field)).max()))
+        return max(lengths)
 
     def __getitem__(self, index: int) -> Record:
         """Read a record as a dict of arrays, which are copies in memory."""
@@ -265,6 +269,7 @@ class TokenShards:
     def _chunk(self, number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return values and record offsets of each field of a chunk; recently used chunks stay memory-mapped."""
         if number not in self._open:
+            self._check_chunk(number)
             self._open[number] = {name: self._arrays(number, name) for name in self._fields}
             if len(self._open) > self._max_open_chunks:
                 self._open.popitem(last=False)
@@ -295,8 +300,7 @@ class TokenShards:
         self._checked[number] = states
 
     def _offsets(self, number: int, name: str) -> np.ndarray:
-        """Read the record offsets of a field, and check that they ascend."""
-        self._check_chunk(number)
+        """Read the record offsets of a field of a checked chunk, and check that they ascend."""
         path = self._folder_of(number) / f"{name}.offsets.npy"
         first = number * self._records_per_chunk
         num_records = min(self._records_per_chunk, self._num_records - first)
