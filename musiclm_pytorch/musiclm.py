@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.files import peak_safe
+from audiolm_pytorch.audio.units import check_durations
 from audiolm_pytorch.audio.waves import check_dtype, check_rate
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.checks.tracing import not_compiled
@@ -21,7 +22,7 @@ from audiolm_pytorch.generation.request import ConditionChange, GeneratedAudio, 
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.compatibility import check_compatible
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
-from audiolm_pytorch.nn.module_state import eval_mode
+from audiolm_pytorch.nn.module_state import check_positive, eval_mode
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.sharing import SharedModel
 from audiolm_pytorch.saving.text import joined_lines
@@ -190,7 +191,8 @@ class MusicLM(SharedModel):
         """
         prompts = prompts_of(text)
         candidate_seeds = seeds_of_candidates(num_samples, seed, seeds)
-        _check_positive(seconds=seconds, max_batch=max_batch)
+        check_durations(seconds=seconds)
+        check_positive(max_batch=max_batch)
         with eval_mode(self):
             request = self._request(
                 prompts,
@@ -239,6 +241,7 @@ class MusicLM(SharedModel):
         input_streams: AudioTokens | None = None,
         coarse_only: bool = False,
         sampling: Mapping[str, SamplingSettings | Mapping[str, Any]] | None = None,
+        callback: Callable[[str, int, int], None] | None = None,
     ) -> Iterator[MusicChunk]:
         """Generate one piece of music per text, and return it in chunks while it is generated.
 
@@ -259,7 +262,8 @@ class MusicLM(SharedModel):
         """
         prompts = prompts_of(text)
         candidate_seeds = seeds_of_candidates(num_samples, seed, seeds)
-        _check_positive(seconds=seconds, chunk_seconds=chunk_seconds, rank_seconds=rank_seconds)
+        chunk_seconds, rank_seconds = min(chunk_seconds, seconds), min(rank_seconds, seconds)
+        check_durations(seconds=seconds, chunk_seconds=chunk_seconds, rank_seconds=rank_seconds)
         with eval_mode(self):
             request = self._request(
                 prompts,
@@ -274,17 +278,18 @@ class MusicLM(SharedModel):
                 input_streams=input_streams,
                 coarse_only=coarse_only,
                 sampling=sampling,
+                callback=callback,
             )
             if num_samples == 1:
                 request = replace(request, seeds=candidate_seeds * len(prompts))
-                stream = self.audio_lm.stream(request, chunk_seconds=min(chunk_seconds, seconds))
+                stream = self.audio_lm.stream(request, chunk_seconds=chunk_seconds)
                 return self._chunks(stream, candidate_seeds * len(prompts))
             # Texts are ranked one after the other, because their audio prompts can differ in length.
             candidates = [
                 replace(request.select([item] * num_samples), seeds=candidate_seeds) for item in range(len(prompts))
             ]
-            first_parts = [self.audio_lm.stream(part, chunk_seconds=min(rank_seconds, seconds)) for part in candidates]
-            chunk_seconds, has_more = min(chunk_seconds, seconds), rank_seconds < seconds
+            first_parts = [self.audio_lm.stream(part, chunk_seconds=rank_seconds) for part in candidates]
+            has_more = rank_seconds < seconds
         return self._ranked_chunks(prompts, request, candidate_seeds, first_parts, chunk_seconds, has_more)
 
     @typed
@@ -303,7 +308,7 @@ class MusicLM(SharedModel):
         Raises:
             ValueError: If the shape or dtype of `waves` is wrong, or `max_batch` is below 1.
         """
-        _check_positive(max_batch=max_batch)
+        check_positive(max_batch=max_batch)
         check_dtype(waves, "waves")
         if waves.ndim not in (3, 4) or len(waves) != len(prompts) or not waves.numel():
             raise ValueError(
@@ -440,11 +445,3 @@ class MusicLM(SharedModel):
             part = replace(request.select(items), seeds=item_seeds)
             waves.extend(peak_safe(wave.float()) for wave in self.audio_lm.generate(part).waves)
         return torch.stack(waves)
-
-
-def _check_positive(**numbers: float) -> None:
-    """Check that the arguments are positive."""
-    if not all(number > 0 for number in numbers.values()):
-        raise ValueError(
-            f"{' and '.join(numbers)} must be positive, got {' and '.join(str(number) for number in numbers.values())}"
-        )

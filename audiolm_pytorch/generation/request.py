@@ -82,7 +82,7 @@ class GenerationRequest:
         sampling: Sampling settings by stage name, or a dict of the fields that differ from the settings of the model.
             Stages without a condition ignore a guidance scale in the settings of the model.
         callback: Called as `callback(stage, known_frames, requested_frames)`, with the numbers of frames of the longest
-            item.
+            item. An error that it raises ends the generation.
     """
 
     batch_size: int = 1

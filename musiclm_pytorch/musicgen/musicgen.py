@@ -325,6 +325,7 @@ class MusicGen(SharedModel):
         guidance_scale: float = 3.0,
         stride_seconds: float | None = None,
         chunk_seconds: float = 1.0,
+        callback: Callable[[int, int], None] | None = None,
     ) -> Iterator[GeneratedMusic]:
         """Generate music, and yield it in chunks while it is generated; `generate` documents the arguments.
 
@@ -337,7 +338,7 @@ class MusicGen(SharedModel):
         request = MusicRequest.of(locals())
         check_durations(chunk_seconds=chunk_seconds)
         with torch.no_grad(), eval_mode(self):
-            decoder, sample_counts = self._decoder(request, None)
+            decoder, sample_counts = self._decoder(request, callback)
             waves = WaveStreams(self.codec, sample_counts)
         factor = self.codec.downsample_factor
         return self._chunks(decoder, waves, samples_covering(chunk_seconds, factor, self.sample_hz) // factor)
@@ -437,9 +438,8 @@ class AudioGen(MusicGen):
 
 def _nothing(width: int, device: torch.device, num_rows: int = 1) -> ConditionTensor:
     """Return a condition of one item that is unconditional."""
-    return ConditionTensor(
-        torch.zeros(1, num_rows, width, device=device), torch.zeros(1, num_rows, dtype=torch.bool, device=device)
-    )
+    mask = torch.zeros(1, num_rows, dtype=torch.bool, device=device)
+    return ConditionTensor(torch.zeros(1, num_rows, width, device=device), mask)
 
 
 def _faded(wave: Tensor, num_samples: int) -> Tensor:

@@ -120,8 +120,8 @@ def test_invalid_arguments_raise_errors_before_the_first_chunk() -> None:
     """The errors of `forward`, and those of the arguments that only `stream` has."""
     musiclm = musiclm_of()
     for message, wrong in {
-        "seconds and chunk_seconds and rank_seconds must be positive, got 0 and": {"seconds": 0},
-        "must be positive, got 30.0 and 0.0": {"chunk_seconds": 0.0},
+        "seconds must be positive and finite, got 0": {"seconds": 0},
+        "chunk_seconds must be positive and finite, got 0.0": {"chunk_seconds": 0.0},
         "rank_seconds must be a number, got NaN": {"rank_seconds": float("nan")},
         "num_samples must be at least 1": {"num_samples": 0},
         "one per candidate; got seed None and 2 seeds": {"seeds": [1, 2]},
@@ -137,6 +137,31 @@ def test_invalid_arguments_raise_errors_before_the_first_chunk() -> None:
     for num_samples in (1, 4):
         with pytest.raises(ValueError, match="FakeCodec has no decoder_stream"):
             musiclm.stream("low tone", num_samples=num_samples)
+
+
+class Cancelled(Exception):
+    """Raised by a callback."""
+
+
+def test_a_callback_reports_all_stages_and_can_end_a_stream() -> None:
+    """The error of a callback arrives at the caller, and the model can be used again."""
+    musiclm, reports, limit = musiclm_of(), [], [10]
+    request = {"num_samples": 2, "seconds": 0.4, "rank_seconds": 0.1, "chunk_seconds": 0.1, "seed": 1}
+    wanted = joined(list(musiclm.stream(TEXTS[0], **request)))
+
+    def report(stage: str, known_frames: int, requested_frames: int) -> None:
+        reports.append((stage, known_frames, requested_frames))
+        if len(reports) > limit[0]:
+            raise Cancelled
+
+    musiclm.train()
+    with pytest.raises(Cancelled):
+        list(musiclm.stream(TEXTS[0], **request, callback=report))
+    assert len(reports) == 11 and musiclm.training
+    limit[0] = 10**6
+    assert torch.equal(joined(list(musiclm.stream(TEXTS[0], **request, callback=report)))[0], wanted[0])
+    assert {stage for stage, *_ in reports} == {"semantic", "coarse", "fine"}
+    assert max(known / requested for _, known, requested in reports) == 1
 
 
 def test_without_a_seed_torch_draws_one() -> None:

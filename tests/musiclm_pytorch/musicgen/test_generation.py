@@ -146,6 +146,10 @@ def test_fade_out_callback_and_progress(model: MusicGen) -> None:
     assert calls[-1] == (20, 20)
     assert torch.equal(faded.waves[0][:9600], plain.waves[0][:9600])
     assert faded.waves[0][-1] == 0
+    offline = calls.copy()
+    calls.clear()
+    list(model.stream(seconds=0.4, seeds=0, chunk_seconds=0.1, callback=lambda *counts: calls.append(counts)))
+    assert calls == offline
 
 
 def test_wrong_inputs_raise_errors(model: MusicGen) -> None:
