@@ -7,32 +7,13 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import reduce
-from importlib import import_module
-from operator import or_
-from typing import Annotated, Any
 
-import tyro
-
-from audiolm_pytorch.saving.text import logger_named, printable
+from audiolm_pytorch import __version__
+from audiolm_pytorch.saving.text import logger_named
 from musiclm_pytorch.cli.checks import OneLineFormatter, check_words, printable_line
-from musiclm_pytorch.cli.settings import PresetOptions, split_settings
+from musiclm_pytorch.cli.commands import help_text, parse_options, split_command
 
 __all__ = ["main"]
-
-# Command (and module of this package) -> class in the module, and a description if the class has none.
-_COMMANDS = {
-    "generate": ("Generate", None),
-    "train": ("Train", None),
-    "export": ("Export", None),
-    "codec": ("CodecCommand", "Encode, decode and evaluate audio with a codec."),
-    "convert": ("ConvertCommand", "Convert published checkpoints to safetensors, and MusicCaps."),
-    "evaluate": ("EvaluateCommand", "Evaluate generated music, a semantic tokenizer or encoder, or a MuLaN or CLAP."),
-    "plot": ("Plot", None),
-}
-# Words after `train` that are no steps of the pipeline and have other options (and modules) -> class in the module.
-_TRAININGS = {"kmeans": "TrainKmeans", "musicgen": "TrainMusicGen"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,20 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         check_words(words)
-        if words[:1] == ["train"] and words[1:2] and words[1] in _TRAININGS:
-            class_ = getattr(import_module(f"musiclm_pytorch.cli.{words[1]}"), _TRAININGS[words[1]])
-            command = _parsed(class_, words[2:], prog=f"musiclm train {words[1]}")
-        elif words and words[0] in _COMMANDS:  # the modules of the other commands are not imported
-            class_, about = _command(words[0])
-            command = _parsed(class_, words[1:], prog=f"musiclm {words[0]}", description=about)
-        else:
-            subcommands: list[Any] = []
-            for name in _COMMANDS:
-                class_, about = _command(name)
-                subcommands.append(Annotated[class_, tyro.conf.subcommand(name, description=about)])
-            about = "Generate music from text, and train, convert and evaluate the models for it."
-            commands: Any = reduce(or_, subcommands)
-            command = _parsed(commands, words, prog="musiclm", description=about)
+        if words[:1] in (["--version"], ["-V"], ["version"]):
+            print(f"musiclm {__version__}")
+            return 0
+        name, rest = split_command(words)
+        if not name:
+            print(help_text(*rest))
+            return 0
+        command = parse_options(name, rest)
         from audiolm_pytorch.training.stopping import stop_signals
 
         with stop_signals(at_once=True):
@@ -76,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # a full disk or a closed pipe is an error of the command
         return status
-    except SystemExit as stop:  # tyro has printed the help text, or what is wrong with the arguments
+    except SystemExit as stop:  # tyro has printed the help of a command
         return int(stop.code or 0)
     except BrokenPipeError:  # as in `musiclm ... | head`
         _discard_unwritten_output()
@@ -94,21 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parsed(class_: Any, words: Sequence[str], **options: Any) -> Any:
-    """Parse the words of a command; the help text, or what is wrong, is printed without control characters."""
-    if isinstance(class_, type) and issubclass(class_, PresetOptions):
-        words, settings = split_settings(class_, words)
-        return replace(_parsed_options(class_, words, **options), settings=settings)
-    return _parsed_options(class_, words, **options)
-
-
-def _parsed_options(class_: Any, words: Sequence[str], **options: Any) -> Any:
-    try:
-        return tyro.cli(class_, args=words, console_outputs=False, **options)
-    except SystemExit:
-        return tyro.cli(class_, args=[printable(word) for word in words], **options)
-
-
 def _discard_unwritten_output() -> bool:
     """Discard text that standard output refuses, because Python would report it a second time when it ends.
 
@@ -121,9 +81,3 @@ def _discard_unwritten_output() -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
-
-
-def _command(name: str) -> tuple[Any, str | None]:
-    """Import the class of a command; return it with its description (None = the docstring of the class)."""
-    class_name, description = _COMMANDS[name]
-    return getattr(import_module(f"musiclm_pytorch.cli.{name}"), class_name), description

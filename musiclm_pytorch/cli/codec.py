@@ -27,7 +27,7 @@ from audiolm_pytorch.saving.text import printable
 from musiclm_pytorch.cli.checks import ModelOptions, check_file, check_folder, device_named
 from musiclm_pytorch.evaluation.codec_report import codec_report, rows_table
 
-__all__ = ["CodecCommand", "Decode", "Encode", "Evaluate"]
+__all__ = ["Decode", "Encode", "Evaluate"]
 
 _CODES_SUFFIXES = (".safetensors",)
 _MAX_REASONS = 3
@@ -118,9 +118,6 @@ class Evaluate(_WithCodec):
     def run(self) -> int:
         """Measure the codec on the files and return the exit status."""
         return _evaluate(self)
-
-
-CodecCommand = Encode | Decode | Evaluate
 
 
 def _encode(command: Encode) -> int:

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Literal
 
 from musiclm_pytorch.cli.checks import check_file, check_folder
 
@@ -13,7 +11,7 @@ if TYPE_CHECKING:
 
 from audiolm_pytorch.saving.text import printable
 
-__all__ = ["ConvertCommand", "Hubert", "MusicCaps", "VqWav2vec"]
+__all__ = ["Hubert", "MusicCaps", "VqWav2vec"]
 
 _SPLIT_COLUMNS = {"eval": "is_audioset_eval", "balanced": "is_balanced_subset"}
 
@@ -65,9 +63,6 @@ class MusicCaps:
         """Write the manifests of the clips, and never overwrite an existing file."""
         _convert_musiccaps(self)
         return 0
-
-
-ConvertCommand = Hubert | VqWav2vec | Annotated[MusicCaps, tyro.conf.subcommand("musiccaps")]
 
 
 def _convert_checkpoint(command: _Checkpoint) -> None:

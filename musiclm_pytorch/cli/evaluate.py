@@ -5,9 +5,7 @@ import sys
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
-
-import tyro
+from typing import Any, ClassVar
 
 from audiolm_pytorch.saving.text import printable
 from musiclm_pytorch.cli.checks import (
@@ -20,7 +18,7 @@ from musiclm_pytorch.cli.checks import (
     option_name,
 )
 
-__all__ = ["EvaluateCommand", "EvaluateMuLaN", "EvaluateMusic", "EvaluateSemantic"]
+__all__ = ["EvaluateMuLaN", "EvaluateMusic", "EvaluateSemantic"]
 
 _REPORT_FILE = "metrics.json"
 
@@ -156,13 +154,6 @@ class EvaluateMusic(_Evaluation):
     def evaluate(self) -> None:
         """Generate clips if asked to, measure all sets, print a table and write a report."""
         _evaluate_music(self)
-
-
-EvaluateCommand = (
-    Annotated[EvaluateMusic, tyro.conf.subcommand("music")]
-    | Annotated[EvaluateSemantic, tyro.conf.subcommand("semantic")]
-    | Annotated[EvaluateMuLaN, tyro.conf.subcommand("mulan")]
-)
 
 
 def _command_line(name: str, command: EvaluateSemantic | EvaluateMuLaN | EvaluateMusic) -> str:

@@ -10,7 +10,9 @@ import soundfile
 import torch
 import yaml
 
+import audiolm_pytorch
 from musiclm_pytorch.cli import generate as generate_command, train as train_command
+from musiclm_pytorch.cli.commands import COMMANDS
 from musiclm_pytorch.evaluation.plots import plot_wave
 from tests.helpers.bad_input import bad_input, check_bad_input, listing
 from tests.helpers.micro import write_clips
@@ -276,34 +278,44 @@ def test_export(musiclm_command, micro_run, tmp_path, capsys):
     assert musiclm_command("generate", "x", "--model", tmp_path / "shipped", *SHORT, "--out", tmp_path / "x.wav") == 0
 
 
-# Arguments that cannot be parsed, with a pattern of tyro's message.
+# Words that are no command or no option, each with a pattern of the message.
 BAD_ARGUMENTS = r"""
-no command |  | Expected one of .*generate.*train
-unknown command | sing | sing.*Available subcommands: generate, train, export, codec, convert, evaluate, plot
+no command |  | a command is missing.*generate, train
+unknown command | sing | no command musiclm sing; the commands are generate, train
+misspelt command | generat x | no command musiclm generat; did you mean generate
+misspelt second word | codec encod x | no command musiclm codec encod; did you mean encode
 missing text | generate | the text is empty; describe the music
-unknown option | generate x --secnds 3 | --secnds.*Perhaps you meant: --seconds
-no number | generate x --seconds abc | --seconds.*'abc'
-kmeans without options | train kmeans | --encoder STR.*--layer INT.*--data PATH.*--out PATH.*train kmeans --help
-kmeans, unknown option | train kmeans --encoder E --layer 1 --data D --out O --preset x | Unrecognized.*--preset
+unquoted text | generate a slow waltz | not expected: slow, waltz; write a text of several words in quotation marks
+misspelt option | generate x --secnds 3 | no option --secnds; use --seconds
+output | generate x --output x.wav | no option --output; use --out;
+duration | generate x --duration=3 | no option --duration=3; use --seconds;
+short option | generate x -n 2 | no option -n; use --num-samples;
+prompt | generate --prompt x | no option --prompt; write the text without an option
+option of another command | generate x --layer 3 | no option --layer
+no number | generate x --seconds abc | --seconds must be FLOAT, got 'abc'
+no whole number | generate x --seed 1.5 | --seed: .*'1.5'
+no value | generate x --seed | Missing value for argument '--seed'
+no weight | generate x --mix drums.wav 0.5 | --mix: .*drums.wav
+kmeans without options | train kmeans | missing: --encoder STR --layer INT --data PATH --out PATH; see .* kmeans --help
+kmeans, unknown option | train kmeans --encoder E --layer 1 --data D --out O --preset x | has no option --preset
 kmeans, no number | train kmeans --encoder E --layer x --data D --out O | --layer.*'x'
+other name of a setting | train all --data D --output O | no setting output; use out
 convert without a word | convert hubert | --checkpoint.*--out.*--kmeans
 vq-wav2vec without options | convert vq-wav2vec | --checkpoint.*--out
-no codec command | codec | Expected one of .*encode, decode, evaluate
-unknown codec command | codec play TONE | play.*Available subcommands: encode, decode, evaluate
-no codec input | codec encode --out TMP/a.safetensors | INPUT
-no codec output | codec encode TONE | --out PATH
-semantic without options | evaluate semantic | --out.*--encoder
+no such choice | convert musiccaps --csv C --clips D --out O --split x | 'x'.*--split.*'none', 'eval', 'balanced'
+no codec command | codec | a command is missing after musiclm codec; the commands are encode, decode, evaluate
+unknown codec command | codec play TONE | no command musiclm codec play; the commands are encode, decode, evaluate
+no codec input | codec encode --out TMP/a.safetensors | missing: INPUT
+no codec output | codec encode TONE | missing: --out PATH
+semantic without options | evaluate semantic | missing: --out PATH --encoder
 """
 
 
 @bad_input(BAD_ARGUMENTS)
 def test_arguments_that_cannot_be_parsed_are_explained(words, message, musiclm_command, capfd, tmp_path, monkeypatch):
-    """tyro's message on standard error names the argument, the exit status is 2, and nothing is written."""
+    """One line on standard error names the argument and what to write, and nothing is written."""
     monkeypatch.chdir(tmp_path)
-    assert musiclm_command(*words) == 2
-    printed = capfd.readouterr()
-    assert printed.out == "" and listing(tmp_path) == {}
-    assert re.search(message, " ".join(re.sub("[│╭╰╮╯─]", "", printed.err).split()))
+    check_bad_input(musiclm_command, words, message, {"TMP": tmp_path}, capfd)
 
 
 # Each with a pattern of the message. DATA, BARE, EMPTY, JUNK, MODEL, RUN and TMP are folders.
@@ -407,6 +419,19 @@ def test_missing_packages_are_named(musiclm_command, model, tmp_path, monkeypatc
     printed = capsys.readouterr().err
     assert 'pip install "musiclm[plot]"' in printed and printed.count("\n") == 1
     assert listing(tmp_path) == {}
+
+
+def test_help_of_all_commands_is_short_and_quick(musiclm_command, capsys):
+    """`musiclm --help` has at most 25 lines of at most 80 letters, and names every command."""
+    assert musiclm_command("--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 25 and max(map(len, lines)) <= 80
+    for name in COMMANDS:
+        assert any(line.split()[:1] == name.split()[:1] for line in lines)
+    assert musiclm_command("codec", "--help") == 0
+    assert "codec encode" in capsys.readouterr().out
+    assert musiclm_command("--version") == 0
+    assert capsys.readouterr().out == f"musiclm {audiolm_pytorch.__version__}\n"
 
 
 def test_help_and_interruption(musiclm_command, monkeypatch, capsys):
