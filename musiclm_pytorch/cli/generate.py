@@ -281,22 +281,14 @@ def _wav_header(sample_hz: int, channels: int, num_bytes: int | None) -> bytes:
 
 
 def _read_story(path: Path) -> list[tuple[float, str]]:
-    """Read the lines of a story, each with a start in seconds and a text; empty lines and lines with # are skipped."""
+    """Read the lines of a story, see `story_of_lines`."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the story {path}: {error}") from error
-    story = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        start, _, text = line.strip().partition(" ")
-        try:
-            story.append((float(start), text.strip()))
-        except ValueError as error:
-            raise ValueError(f'line {number} of {path} must be like "15 a slow waltz", got {line!r:.100}') from error
-        if not text.strip():
-            raise ValueError(f'line {number} of {path} has no text; write a line like "15 a slow waltz"')
+    from musiclm_pytorch.generation.prompts import story_of_lines
+
+    story = story_of_lines(text, str(path))
     if not story:
         raise ValueError(f'{path} has no lines; write lines like "15 a slow waltz", of which the first starts at 0')
     return story

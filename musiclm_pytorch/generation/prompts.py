@@ -17,7 +17,7 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.module_state import device_of
 from musiclm_pytorch.quantizer.embed_quantizer import Modality, MuLaNEmbedQuantizer
 
-__all__ = ["EmbeddedPrompt", "Mixture", "MusicPrompt", "embed_prompts", "prompts_of", "stories_of"]
+__all__ = ["EmbeddedPrompt", "Mixture", "MusicPrompt", "embed_prompts", "prompts_of", "stories_of", "story_of_lines"]
 
 
 @typed
@@ -75,6 +75,25 @@ def prompts_of(text: MusicPrompt | Sequence[MusicPrompt]) -> list[MusicPrompt]:
 def stories_of(prompts: Sequence[MusicPrompt]) -> list[list[tuple[float, Mixture]]]:
     """Return every prompt as a list of times in seconds and mixtures; a text is a story with one time, 0."""
     return [_story_of(prompt) for prompt in prompts]
+
+
+def story_of_lines(lines: str, source: str) -> list[tuple[float, str]]:
+    """Read the lines of a story, each with a start in seconds and a text; empty lines and lines with # are skipped.
+
+    `source` names the story in the ValueError for a wrong line.
+    """
+    story = []
+    for number, line in enumerate(lines.splitlines(), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        start, _, text = line.strip().partition(" ")
+        try:
+            story.append((float(start), text.strip()))
+        except ValueError as error:
+            raise ValueError(f'line {number} of {source} must be like "15 a slow waltz", got {line!r:.100}') from error
+        if not text.strip():
+            raise ValueError(f'line {number} of {source} has no text; write a line like "15 a slow waltz"')
+    return story
 
 
 def embed_prompts(
