@@ -61,7 +61,7 @@ class MusicGen(SharedModel):
         codec: The codec that the language model was trained with.
         text_conditioner: The text encoder that the language model was trained with; None = no texts.
         transformer: The language model; None = a new language model with the following sizes.
-        melody: Whether a new language model is conditioned on melodies.
+        melody: Whether a new language model is conditioned on melodies; `sum` = by the way "sum" of its `melody_way`.
         dim: Width of a new language model.
         depth: Number of blocks of a new language model.
         heads: Number of attention heads of a new language model.
@@ -87,7 +87,7 @@ class MusicGen(SharedModel):
         codec: Codec,
         text_conditioner: TextEncoder | None = None,
         transformer: MusicGenTransformer | None = None,
-        melody: bool = False,
+        melody: bool | Literal["sum"] = False,
         dim: int = 1024,
         depth: int = 24,
         heads: int = 16,
@@ -115,6 +115,7 @@ class MusicGen(SharedModel):
                 rate_hz=f"{codec.target_sample_hz}/{codec.downsample_factor}",
                 text_dim=None if text_conditioner is None else text_conditioner.dim,
                 melody_frames=max(1, round(_FRAMES_OF_30_SECONDS * seconds / 30)) if melody else None,
+                melody_way="sum" if melody == "sum" else "prepend",
                 max_seconds=seconds,
                 cond_drop_prob=cond_drop_prob,
                 melody_drop_prob=melody_drop_prob,
@@ -339,8 +340,7 @@ class MusicGen(SharedModel):
         check_durations(chunk_seconds=chunk_seconds)
         with torch.no_grad(), eval_mode(self):
             decoder, sample_counts = self._decoder(request, callback)
-            waves = WaveStreams(self.codec, sample_counts)
-        factor = self.codec.downsample_factor
+        waves, factor = WaveStreams(self.codec, sample_counts), self.codec.downsample_factor
         return self._chunks(decoder, waves, samples_covering(chunk_seconds, factor, self.sample_hz) // factor)
 
     def _chunks(self, decoder: SlidingWindowDecoder, waves: WaveStreams, chunk_frames: int) -> Iterator[GeneratedMusic]:

@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor
 from audiolm_pytorch.conditioning.fuser import ConditionSpec
 from audiolm_pytorch.lm.stage_transformer import StageTransformer, TokenSource
 from audiolm_pytorch.nn.module_state import check_positive, check_shares
+from audiolm_pytorch.nn.transformer import FusedConditions
 from audiolm_pytorch.saving.modules import register
 from audiolm_pytorch.tokens.streams import Stream, exact_rate
 from musiclm_pytorch.musicgen.chroma import ChromaConditioner
@@ -22,8 +26,8 @@ class MusicGenTransformer(StageTransformer):
     """Language model that predicts all codec levels with a delay of one row per level (arXiv:2306.05284, sec. 2).
 
     The blocks have layer norms with biases, and projections without biases. Positions are sinusoidal. Every level has a
-    special token in all cells without a code. Texts enter by cross-attention. In models with a melody, the melody and
-    the texts are a prefix instead.
+    special token in all cells without a code. Texts enter by cross-attention. In published models with a melody, the
+    melody and the texts are a prefix instead.
 
     Args:
         codebook_size: Number of codes of every level.
@@ -32,6 +36,8 @@ class MusicGenTransformer(StageTransformer):
         rate_hz: Frames per second.
         text_dim: Width of the states of the text encoder; None = no texts.
         melody_frames: Number of frames of the melody, see `ChromaConditioner`; None = no melody.
+        melody_way: `prepend` as in the published models; or `sum`, which adds the frame of a melody to the tokens of
+            the same time. A small model that was trained for 3,000 steps ignored a prefix, and followed the sum.
         melody_drop_prob: Probability that training drops only the melody of an item.
         text_drop_prob: Probability that training of a model with a melody drops only the text of an item, so that a
             melody without a text is also a condition.
@@ -60,6 +66,7 @@ class MusicGenTransformer(StageTransformer):
         rate_hz: float | str | Fraction = 50,
         text_dim: int | None = 768,
         melody_frames: int | None = None,
+        melody_way: Literal["prepend", "sum"] = "prepend",
         melody_drop_prob: float = 0.5,
         text_drop_prob: float = 0.1,
         cond_drop_prob: float = 0.3,
@@ -72,15 +79,16 @@ class MusicGenTransformer(StageTransformer):
         check_positive(melody_frames=melody_frames)
         check_shares(melody_drop_prob=melody_drop_prob, text_drop_prob=text_drop_prob)
         further = dict(conditions or {})
+        has_prefix = melody_frames is not None and melody_way == "prepend"
         if text_dim is not None:
-            further = {"text": _text_condition(text_dim, melody_frames is not None, text_drop_prob), **further}
+            text = _text_condition(text_dim, has_prefix, text_drop_prob if melody_frames is not None else 0.0)
+            further = {"text": text, **further}
         if melody_frames is not None:  # the last prefix condition is the first in the sequence
-            further["melody"] = ConditionSpec(
-                ChromaConditioner.num_classes,
-                null="first",
-                null_tokens=melody_frames,
-                drop_prob=melody_drop_prob,
-                projection="linear",
+            width, drop_prob = ChromaConditioner.num_classes, melody_drop_prob
+            further["melody"] = (
+                ConditionSpec(width, null="first", null_tokens=melody_frames, drop_prob=drop_prob, projection="linear")
+                if has_prefix
+                else ConditionSpec(width, "sum", drop_prob=drop_prob, projection="linear")
             )
         stream = Stream(
             "acoustic", codebook_size, num_codebooks, exact_rate(rate_hz), num_groups=num_groups, filler=True
@@ -108,21 +116,34 @@ class MusicGenTransformer(StageTransformer):
         )
         sizes = {"dim": dim, "depth": depth, "heads": heads, "dim_head": dim_head, "ff_mult": ff_mult}
         codes = {"codebook_size": codebook_size, "num_codebooks": num_codebooks, "num_groups": num_groups}
-        self.melody_frames = melody_frames
+        self.melody_frames, self.melody_way = melody_frames, melody_way
         self._config: dict[str, Any] = {
             **{**sizes, **codes, "rate_hz": str(rate_hz), "dropout": dropout, "text_dim": text_dim},
-            **{"melody_frames": melody_frames, "melody_drop_prob": melody_drop_prob, "text_drop_prob": text_drop_prob},
+            **{"melody_frames": melody_frames, "melody_way": melody_way},
+            **{"melody_drop_prob": melody_drop_prob, "text_drop_prob": text_drop_prob},
             "cond_drop_prob": cond_drop_prob,
             "checkpoint_blocks": checkpoint_blocks,
             "conditions": {name: spec.to_dict() for name, spec in self.fuser.specs.items() if name not in _OWN},
         }
         self._keep_config()
 
+    def fuse(self, conditions: Conditions | None, batch: int) -> FusedConditions:
+        """Project conditions; a melody that is added to the tokens is first spread over their frames."""
+        melody = None if conditions is None else conditions.get("melody")
+        if conditions is None or melody is None or self.melody_way == "prepend" or len(melody.mask[0]) == 1:
+            return super().fuse(conditions, batch)
+        num_rows, chroma = melody.mask.shape[1], ChromaConditioner(melody.mask.shape[1])
+        melody_hz, rate_hz = chroma.sample_hz / chroma.hop_samples, float(self.layout.predicted[0].exact_hz)
+        frames = torch.arange(int(num_rows * rate_hz / melody_hz), device=melody.mask.device)
+        rows = (frames * melody_hz / rate_hz).round().long().clamp(max=num_rows - 1)
+        spread = ConditionTensor(melody.embeddings[:, rows], melody.mask[:, rows])
+        return super().fuse({**conditions, "melody": spread}, batch)
 
-def _text_condition(text_dim: int, has_melody: bool, drop_prob: float) -> ConditionSpec:
-    """Return the text condition: before the tokens in a model with a melody, else by cross-attention."""
-    if has_melody:
+
+def _text_condition(text_dim: int, is_prefix: bool, drop_prob: float) -> ConditionSpec:
+    """Return the text condition: before the tokens together with a melody, else by cross-attention."""
+    if is_prefix:
         return ConditionSpec(
             text_dim, "prepend", null="zero", null_tokens="all", drop_prob=drop_prob, projection="linear"
         )
-    return ConditionSpec(text_dim, "cross", null="zero", projection="linear")
+    return ConditionSpec(text_dim, "cross", null="zero", drop_prob=drop_prob, projection="linear")

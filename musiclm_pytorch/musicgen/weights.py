@@ -89,6 +89,11 @@ _NORM_NAMES = (("weight_g", "parametrizations.weight.original0"), ("weight_v", "
 def _groups(transformer: MusicGenTransformer, names: WeightNames) -> Iterator[tuple[list[str], list[str]]]:
     """Yield names of this library and names of the format, whose weights are equal after concatenation."""
     specs = transformer.fuser.specs
+    if transformer.melody_way != "prepend":
+        raise ValueError(
+            f"the published formats have melodies as a prefix, not melody_way={transformer.melody_way!r}; "
+            "call save instead"
+        )
     levels = range(transformer.layout.predicted[0].num_levels)
     yield ["embedding.weight"], [names.embedding.format(level) for level in levels]
     for level in levels:

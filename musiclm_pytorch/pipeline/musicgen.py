@@ -66,7 +66,7 @@ def build_musicgen(
         return MusicGen(
             codec=codec if channels == 1 else ChannelwiseCodec(codec, channels),
             text_conditioner=text_conditioner,
-            melody=preset.melody,
+            melody="sum" if preset.melody and preset.melody_way == "sum" else preset.melody,
             dim=preset.dim,
             depth=preset.depth,
             heads=preset.heads,

@@ -19,6 +19,7 @@ class MusicGenPreset(TransformerConfig):
         num_codebooks: Number of levels of the codec that the model predicts.
         text_encoder: Published text encoder of a new model, a hub id; None = a small one, trained with the model.
         melody: Whether a new model is conditioned on melodies.
+        melody_way: How a new model receives melodies, see `MusicGenTransformer`.
         cond_drop_prob: Probability that training drops all conditions of an item.
         melody_drop_prob: Probability that training drops only the melody of an item.
         text_drop_prob: Probability that training of a model with a melody drops only the text of an item.
@@ -34,6 +35,7 @@ class MusicGenPreset(TransformerConfig):
     num_codebooks: int = 4
     text_encoder: str | None = None
     melody: bool = False
+    melody_way: Literal["prepend", "sum"] = "prepend"
     cond_drop_prob: float = 0.3
     melody_drop_prob: float = 0.5
     text_drop_prob: float = 0.1
@@ -54,8 +56,8 @@ class MusicGenPreset(TransformerConfig):
 
 # For one or two CPU cores: 10 to 40 minutes.
 _TINY = MusicGenPreset(
-    name="tiny", dim=192, depth=6, heads=3, codec="codec_16khz", melody=True, cond_drop_prob=0.1,
-    melody_drop_prob=0.4, word_dropout=0.1, merge_prob=0.0, weight_decay=0.01, betas=(0.9, 0.99),
+    name="tiny", dim=192, depth=6, heads=3, codec="codec_16khz", melody=True, melody_way="sum",
+    cond_drop_prob=0.1, melody_drop_prob=0.4, word_dropout=0.1, merge_prob=0.0, weight_decay=0.01, betas=(0.9, 0.99),
     final_lr_fraction=0.05, run=RunConfig(3000, 8, 5.0, 1e-3),
 )  # fmt: skip
 
