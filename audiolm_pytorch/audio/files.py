@@ -1,5 +1,6 @@
 """Read and write whole audio files; the module `audio.stream` processes long files in chunks."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,15 @@ __all__ = ["decoded_info", "peak_safe", "read_audio", "write_audio"]
 
 
 @typed
-def decoded_info(path: str | Path) -> AudioInfo:
-    """Return sample rate, length and number of channels of an audio file, after decoding the whole file."""
-    with open_sound(Path(path)) as file:
-        num_samples = sum(map(len, sound_blocks(file, file.frames)))
-        check_decoded(Path(path), file, num_samples)
+def decoded_info(path: str | Path, source: io.IOBase | None = None) -> AudioInfo:
+    """Return sample rate, length and number of channels of an audio file, after decoding the whole file.
+
+    With an open binary file `source`, `path` is only its name in messages.
+    """
+    path = Path(path)
+    with open_sound(path, source) as file:
+        num_samples = sum(map(len, sound_blocks(path, file, file.frames)))
+        check_decoded(path, file, num_samples)
         return AudioInfo(file.samplerate, num_samples, file.channels)
 
 
@@ -37,6 +42,7 @@ def read_audio(
     channels: int | None = 1,
     start_seconds: float = 0.0,
     duration_seconds: float | None = None,
+    source: io.IOBase | None = None,
 ) -> tuple[Tensor, int]:
     """Read an audio file, or a part of it, and resample it to `sample_hz`.
 
@@ -48,6 +54,7 @@ def read_audio(
         channels: Number of returned channels; 1 averages all channels, a larger number repeats the channel of a mono
             file, None keeps all channels.
         duration_seconds: Duration to read, or less if the file ends earlier; None reads to the end of the file.
+        source: Open binary file with the encoded audio, for which `path` is only a name in messages.
 
     Returns:
         `wave [c, n]` float32 and its sample rate (Hz).
@@ -60,7 +67,7 @@ def read_audio(
         raise ValueError(
             f"{path}: start_seconds must be >= 0 and duration_seconds > 0, got {start_seconds} and {duration_seconds}"
         )
-    with open_sound(path) as file:
+    with open_sound(path, source) as file:
         from_hz, to_hz = file.samplerate, sample_hz or file.samplerate
         check_decoded(path, file, file.frames)
         total = resampled_length(file.frames, from_hz, to_hz)
@@ -81,7 +88,7 @@ def read_audio(
         # Channels are mixed block by block, because all channels of a long file would need several times the memory.
         blocks = [
             with_channels(torch.from_numpy(np.ascontiguousarray(block.T)), channels, f"{path}: the file")
-            for block in sound_blocks(file, min(last, file.frames) - first)
+            for block in sound_blocks(path, file, min(last, file.frames) - first)
         ]
     if not blocks:
         raise ValueError(

@@ -1,7 +1,5 @@
 """File formats of audio: suffixes that can be read and written, and reasons why a file cannot be read."""
 
-from pathlib import Path
-
 from audiolm_pytorch.checks.damage import LFS_POINTER, POINTER_REASON
 
 __all__ = ["AUDIO_SUFFIXES", "OTHER_AUDIO_SUFFIXES", "WRITE_SUBTYPES", "unreadable_reason"]
@@ -31,14 +29,12 @@ _FOREIGN = {
 _VAGUE_ERRORS = ("File does not exist", "System error", "Format not recognised", "No error")
 
 
-def unreadable_reason(path: Path, library_error: str) -> str:
-    """Return why libsndfile cannot read an existing file, from the first bytes of the file and the library's error."""
-    with path.open("rb") as file:
-        head = file.read(4096)
+def unreadable_reason(head: bytes, num_bytes: int, library_error: str) -> str:
+    """Return why libsndfile cannot read a file, from its first bytes, its size and the library's error."""
     if head[:3] == b"ID3" and len(head) >= 10:
         # Four digits of seven bits (https://id3.org/id3v2.4.0-structure, section 3.1)
         tag_bytes = 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0)))
-        if path.stat().st_size <= tag_bytes:
+        if num_bytes <= tag_bytes:
             return "it has an ID3 tag and no audio; download or create it again"
     for magic, reason in _FOREIGN.items():
         if head.startswith(magic):

@@ -1,8 +1,9 @@
 """Read, resample and write audio files in chunks, with memory that does not grow with the length of the files."""
 
+import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ __all__ = [
     "sound_blocks",
 ]
 
+_HEAD_BYTES = 4096
 _SYSTEM_ERROR = 2  # SF_ERR_SYSTEM of libsndfile
 _BLOCK_FRAMES = 2**16
 _MAX_COMMENT_BYTES = 2000  # libsndfile drops a longer comment of a WAV file
@@ -45,27 +47,35 @@ class AudioInfo:
 
 
 @contextmanager
-def open_sound(path: Path) -> Iterator[soundfile.SoundFile]:
-    """Open an audio file for a `with` statement; errors of libsndfile become ValueErrors that name the path."""
-    if not path.is_file():
+def open_sound(path: Path, source: io.IOBase | None = None) -> Iterator[soundfile.SoundFile]:
+    """Open an audio file for a `with` statement; errors of libsndfile become ValueErrors that name the path.
+
+    With an open binary file `source`, `path` is only its name in messages.
+    """
+    if source is None and not path.is_file():
         if path.exists():
             reason = "is a folder, not a file" if path.is_dir() else "is not a regular file"
         else:
             reason = "points to a missing file" if path.is_symlink() else "no such file"
         raise ValueError(f"{path}: {reason}")
-    if path.stat().st_size == 0:
+    num_bytes = path.stat().st_size if source is None else source.seek(0, os.SEEK_END)
+    if num_bytes == 0:
         raise ValueError(f"{path}: the file is empty (0 bytes)")
+    if source is not None:
+        source.seek(0)
     try:
         # Bytes, because a file name may have characters that are not UTF-8.
-        with soundfile.SoundFile(os.fsencode(path)) as file:
+        with soundfile.SoundFile(os.fsencode(path) if source is None else source) as file:
             check_rate(file.samplerate, f"{path}: the sample rate of the file")
             yield file
     except soundfile.LibsndfileError as error:
-        reason = unreadable_reason(path, error.error_string)
+        with path.open("rb") if source is None else nullcontext(source) as opened:
+            opened.seek(0)
+            reason = unreadable_reason(opened.read(_HEAD_BYTES), num_bytes, error.error_string)
         raise ValueError(f"{path}: cannot be read as audio ({reason})") from error
 
 
-def sound_blocks(file: soundfile.SoundFile, num_frames: int) -> Iterator[np.ndarray]:
+def sound_blocks(path: Path, file: soundfile.SoundFile, num_frames: int) -> Iterator[np.ndarray]:
     """Read up to `num_frames` samples per channel from the current position, in checked float32 blocks `[n, c]`.
 
     Blocks are used because a single long read would stop at the first undecodable position of a damaged file.
@@ -74,7 +84,7 @@ def sound_blocks(file: soundfile.SoundFile, num_frames: int) -> Iterator[np.ndar
     block_frames = max(1, min(_BLOCK_FRAMES, _MAX_VALUES_PER_BLOCK // file.channels))
     while num_frames > 0 and len(block := file.read(min(num_frames, block_frames), dtype="float32", always_2d=True)):
         num_frames -= len(block)
-        check_samples(torch.from_numpy(block), f"{os.fsdecode(file.name)}: the file")
+        check_samples(torch.from_numpy(block), f"{path}: the file")
         yield block
 
 
@@ -115,7 +125,7 @@ class AudioSource:
         resampler = StreamingResampler(self.info.sample_hz, self.sample_hz, self.channels)
         num_samples = 0
         with open_sound(self.path) as file:
-            for block in sound_blocks(file, file.frames):
+            for block in sound_blocks(self.path, file, file.frames):
                 num_samples += len(block)
                 wave = torch.from_numpy(np.ascontiguousarray(block.T))
                 chunk = resampler.push(with_channels(wave, self.channels, f"{self.path}: the file"))
@@ -226,7 +236,7 @@ class AudioWriter:
             return
         try:
             with open_sound(self._partial) as file:
-                num_samples = sum(map(len, sound_blocks(file, self._num_samples)))
+                num_samples = sum(map(len, sound_blocks(self._partial, file, self._num_samples)))
         except ValueError as error:
             raise self._disk_error("the written file cannot be decoded") from error
         if num_samples != self._num_samples:

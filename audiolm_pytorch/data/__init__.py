@@ -1,4 +1,4 @@
-"""Training data: manifests of audio files, crops at several sample rates, batches, token shards."""
+"""Training data: audio files, archives and data sets, crops at several sample rates, batches, token shards."""
 
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         collate_crops as collate_crops,
     )
     from audiolm_pytorch.data.crops import Crop as Crop, CropDataset as CropDataset
+    from audiolm_pytorch.data.hf_dataset import write_tars as write_tars
     from audiolm_pytorch.data.items import (
         AudioItem as AudioItem,
         ItemReport as ItemReport,

@@ -1,8 +1,11 @@
 """Read captions and labels of audio files from manifests, tables and `.txt` and `.json` files beside the audio."""
 
 import csv
+import io
 import json
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +107,17 @@ def caption_and_labels(fields: dict[str, Any]) -> tuple[str | None, dict[str, An
 
 
 @typed
-def read_sidecar(path: Path) -> tuple[str | None, dict[str, Any]]:
+def read_sidecar(path: Path, source: io.IOBase | None = None) -> tuple[str | None, dict[str, Any]]:
     """Read the first caption and the labels of an audio clip from the `.txt` or `.json` file beside the audio file.
 
     Each line of a `.txt` file is a caption. A `.json` file contains the fields of a manifest line; the field `audio` is
-    ignored. Error messages do not contain the file name; the caller must add the file name.
+    ignored. Error messages do not contain the file name; the caller must add the file name. With an open binary file
+    `source`, `path` is only its name.
     """
-    _check_size(path, _MAX_SIDECAR_BYTES)
-    text = _decoded(path.read_bytes())
+    with path.open("rb") if source is None else nullcontext(source) as file:
+        _check_size(file.seek(0, os.SEEK_END), _MAX_SIDECAR_BYTES)
+        file.seek(0)
+        text = _decoded(file.read())
     if path.suffix.lower() == ".json":
         fields = _json_object(text)
         fields.pop("audio", None)
@@ -148,7 +154,7 @@ def manifest_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _array_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        _check_size(path, _MAX_TABLE_BYTES)
+        _check_size(path.stat().st_size, _MAX_TABLE_BYTES)
         entries = _parsed_json(_decoded(path.read_bytes()))
         for number, fields in enumerate(entries, start=1):
             if not isinstance(fields, dict):
@@ -161,7 +167,7 @@ def _array_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        _check_size(path, _MAX_TABLE_BYTES)
+        _check_size(path.stat().st_size, _MAX_TABLE_BYTES)
         reader = csv.DictReader(_decoded(path.read_bytes()).splitlines(keepends=True), strict=True)
         for row in reader:
             if None in row or None in row.values():
@@ -171,8 +177,7 @@ def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _check_size(path: Path, max_bytes: int) -> None:
-    num_bytes = path.stat().st_size
+def _check_size(num_bytes: int, max_bytes: int) -> None:
     if num_bytes > max_bytes:
         raise ValueError(f"the file has {num_bytes} bytes; shorten it to {max_bytes} bytes or fewer")
 

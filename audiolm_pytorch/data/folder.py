@@ -1,4 +1,4 @@
-"""Search of a folder for audio files, caption files and Hugging Face tables."""
+"""Search of a folder for audio files, caption files, archives and Hugging Face tables."""
 
 import os
 from dataclasses import dataclass
@@ -8,11 +8,13 @@ from audiolm_pytorch.audio.formats import AUDIO_SUFFIXES, OTHER_AUDIO_SUFFIXES
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.captions import SIDECAR_SUFFIXES
 from audiolm_pytorch.data.items import Rejected
+from audiolm_pytorch.data.tars import TAR_SUFFIX
 
 __all__ = ["FolderScan", "scan_folder"]
 
 # Tables of captions in the format "AudioFolder" of Hugging Face datasets.
 _TABLE_NAMES = ("metadata.jsonl", "metadata.csv")
+_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 # A folder `samples` beside one of these files belongs to a training run.
 _RUN_FILES, _SAMPLES = ("metrics.jsonl", "run.json"), "samples"
@@ -22,20 +24,23 @@ _EVALUATED, _CLIP_MANIFEST = ("codec_copies", "generated"), "manifest.jsonl"
 
 @dataclass(frozen=True)
 class FolderScan:
-    """Files below a folder, sorted by path: audio files with their caption files, tables, and files left out.
+    """Files below a folder, sorted by path: audio files with their caption files, archives, tables, files left out.
 
     `unused` lists tables and text files that look like captions, but belong to no audio file.
     """
 
     audio: dict[Path, list[Path]]
+    archives: list[Path]
     tables: list[Path]
     rejected: list[Rejected]
     unused: list[Path]
 
 
 @typed
-def scan_folder(folder: Path, suffixes: tuple[str, ...] = AUDIO_SUFFIXES) -> FolderScan:
+def scan_folder(folder: Path, suffixes: tuple[str, ...] = AUDIO_SUFFIXES, archives: bool = False) -> FolderScan:
     """Find the files with these suffixes below a folder, each with its `.json` and `.txt` caption files.
+
+    With `archives`, tar files are listed too; otherwise they are left out, as compressed archives are.
 
     Hidden files are skipped. Links to folders are followed, but each folder is searched once. Audio that cannot be
     decoded by its suffix, links without a target, folders that cannot be read, the samples of training runs and the
@@ -46,7 +51,7 @@ def scan_folder(folder: Path, suffixes: tuple[str, ...] = AUDIO_SUFFIXES) -> Fol
             "is a file; pass its folder, or a .jsonl manifest" if folder.is_file() else "no such folder or manifest"
         )
         raise ValueError(f"{folder}: {reason}")
-    search = _Search(folder, suffixes)
+    search = _Search(folder, suffixes, archives)
     sidecars: dict[Path, list[Path]] = {}
     for sidecar in sorted(search.sidecars):
         sidecars.setdefault(sidecar.with_suffix(""), []).append(folder / sidecar)
@@ -54,6 +59,7 @@ def scan_folder(folder: Path, suffixes: tuple[str, ...] = AUDIO_SUFFIXES) -> Fol
     alone = [path for stem, paths in sidecars.items() if stem not in described for path in paths]
     return FolderScan(
         audio={folder / path: sidecars.get(path.with_suffix(""), []) for path in sorted(search.audio)},
+        archives=[folder / path for path in sorted(search.archives)],
         tables=[folder / path for path in sorted(search.tables)],
         rejected=[Rejected(folder / path, reason) for path, reason in sorted(search.rejected.items())],
         unused=sorted([*alone, *(folder / path for path in search.unknown_tables)]),
@@ -63,8 +69,9 @@ def scan_folder(folder: Path, suffixes: tuple[str, ...] = AUDIO_SUFFIXES) -> Fol
 class _Search:
     """Paths below a folder, relative to the folder. Linked folders are searched after all other folders."""
 
-    def __init__(self, root: Path, suffixes: tuple[str, ...]) -> None:
-        self.root, self.suffixes = root, suffixes
+    def __init__(self, root: Path, suffixes: tuple[str, ...], use_archives: bool) -> None:
+        self.root, self.suffixes, self.use_archives = root, suffixes, use_archives
+        self.archives: list[Path] = []
         self.audio: list[Path] = []
         self.sidecars: list[Path] = []
         self.tables: list[Path] = []
@@ -125,6 +132,11 @@ class _Search:
             self.tables.append(path)
         elif suffix in self.suffixes:
             self.audio.append(path)
+        elif suffix == TAR_SUFFIX and self.use_archives:
+            self.archives.append(path)
+        elif suffix == TAR_SUFFIX or path.name.lower().endswith(_COMPRESSED_TARS):
+            advice = "unpack it" if suffix == TAR_SUFFIX else "decompress it to .tar"
+            self.rejected[path] = f"is an archive; {advice}"
         elif suffix in SIDECAR_SUFFIXES:
             self.sidecars.append(path)
         elif suffix in _TABLE_SUFFIXES:

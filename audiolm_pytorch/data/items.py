@@ -1,9 +1,11 @@
 """Audio items of a data set: their identity, their requirements, and reading of their waves."""
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,18 +19,31 @@ from audiolm_pytorch.audio.stream import AudioSource
 from audiolm_pytorch.audio.waves import with_channels
 from audiolm_pytorch.checks.types import typed
 
-__all__ = ["AudioItem", "ItemEntry", "ItemReport", "Rejected", "Requirements", "content_digest", "items_digest"]
+__all__ = [
+    "AudioItem",
+    "ItemEntry",
+    "ItemReport",
+    "OpenSource",
+    "Rejected",
+    "Requirements",
+    "content_digest",
+    "items_digest",
+]
 
 _DIGEST_BLOCK_BYTES = 2**14
+
+# Function that opens the encoded audio of an item which is not a file, such as a member of an archive.
+OpenSource = Callable[[], io.IOBase]
 
 
 @dataclass(frozen=True)
 class ItemEntry:
-    """Path, caption and labels of an audio file that is not checked yet."""
+    """Path, caption and labels of an audio file that is not checked yet; see `AudioItem`."""
 
     path: Path
     caption: str | None = None
     labels: dict[str, Any] = field(default_factory=dict)
+    open: OpenSource | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,9 @@ class AudioItem:
         num_samples: Number of decoded samples per channel.
         channels: Number of channels of the file; None if it is not known.
         digest: `content_digest` of the file; empty if it is not known.
-        load: Function that returns the wave `[c, n]` of an item that is not a file; `path` is then only a name.
+        load: Function that returns the wave `[c, n]` of an item without encoded audio; `path` is then only a name.
+        open: Function that opens the encoded audio of an item that is not a file, such as a member of an archive;
+            `path` is then only a name.
     """
 
     path: Path
@@ -50,6 +67,7 @@ class AudioItem:
     channels: int | None = None
     digest: str = ""
     load: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
+    open: OpenSource | None = field(default=None, compare=False, repr=False)
 
     @typed
     def read(
@@ -68,10 +86,13 @@ class AudioItem:
         if self.load is not None:
             first, last, skip = resample_source_span(start, count, self.sample_hz, sample_hz)
             wave = resample(with_channels(self.load()[:, first:last], channels), self.sample_hz, sample_hz)[:, skip:]
+        elif self.open is not None:
+            with self.open() as source:
+                self._check_size(source.seek(0, os.SEEK_END))
+                wave = read_audio(self.path, sample_hz, channels, start_seconds, duration_seconds, source)[0]
         else:
-            num_bytes = self.digest.partition(":")[0]
-            if num_bytes and self.path.is_file() and self.path.stat().st_size != int(num_bytes):
-                raise ValueError(self._changed(f"{self.path.stat().st_size} bytes, but {num_bytes} bytes"))
+            if self.path.is_file():
+                self._check_size(self.path.stat().st_size)
             wave = read_audio(self.path, sample_hz, channels, start_seconds, duration_seconds)[0]
         if wave.shape[1] < count:
             raise ValueError(self._changed(f"{wave.shape[1]} samples from {start_seconds:g} s, but {count} samples"))
@@ -82,6 +103,11 @@ class AudioItem:
         """Caption and labels as JSON for `items_digest`, which is called for the same items by each trainer."""
         texts = [repr(self.caption), repr(sorted(self.labels.items()))] if self.caption or self.labels else []
         return json.dumps(texts)[1:-1]
+
+    def _check_size(self, num_bytes: int) -> None:
+        listed = self.digest.partition(":")[0]
+        if listed and int(listed) != num_bytes:
+            raise ValueError(self._changed(f"{num_bytes} bytes, but {listed} bytes"))
 
     def _changed(self, change: str) -> str:
         return f"{self.path}: has {change} when it was listed; restore it, or start again with the changed data"
@@ -134,14 +160,15 @@ class Requirements:
 
 
 @typed
-def content_digest(path: Path) -> str:
+def content_digest(path: Path, source: io.IOBase | None = None) -> str:
     """Return the size of a file in bytes, and a hash of three blocks of the file, as `size:hash`.
 
-    Large files are not read whole, because the files of a data set are digested at every start of a run.
+    Large files are not read whole, because the files of a data set are digested at every start of a run. With an open
+    binary file `source`, `path` is not used.
     """
     digest = hashlib.blake2b(digest_size=8)
-    with path.open("rb", buffering=0) as file:
-        num_bytes = os.fstat(file.fileno()).st_size
+    with path.open("rb", buffering=0) if source is None else nullcontext(source) as file:
+        num_bytes = file.seek(0, os.SEEK_END)
         last = max(0, num_bytes - _DIGEST_BLOCK_BYTES)
         for start in sorted({0, last // 2, last}):
             file.seek(start)
@@ -159,7 +186,7 @@ def items_digest(items: Sequence[AudioItem], waves_only: bool = False) -> str:
     facts = []
     for item in items:
         digest = item.digest
-        if not digest and item.load is None and item.path.is_file():
+        if not digest and item.load is None and item.open is None and item.path.is_file():
             digest = content_digest(item.path)
         wave_facts = json.dumps([item.path.name, item.sample_hz, item.num_samples, digest])[1:-1]
         texts = "" if waves_only else item.text_facts

@@ -1,22 +1,22 @@
-"""List the audio of folders, JSON or CSV manifests and torch data sets, and check every file before training."""
+"""List the audio of folders, manifests, archives and data sets, and check every file before training."""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from torch.utils.data import Dataset
 
 from audiolm_pytorch.audio.files import decoded_info
 from audiolm_pytorch.audio.waves import check_rate
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.data.captions import caption_and_labels, manifest_rows, read_sidecar, texts_in
-from audiolm_pytorch.data.folder import scan_folder
+from audiolm_pytorch.data.captions import texts_in
+from audiolm_pytorch.data.entries import TRAIN_MANIFEST, local_path, source_entries, summary_of
+from audiolm_pytorch.data.hf_dataset import HuggingFaceDataset, hf_entries
 from audiolm_pytorch.data.items import AudioItem, ItemEntry, ItemReport, Rejected, Requirements, content_digest
 from audiolm_pytorch.data.wave_dataset import dataset_items
 from audiolm_pytorch.saving.text import logger_named, printable
@@ -37,15 +37,13 @@ __all__ = [
 
 logger = logger_named(__name__)
 
-_TRAIN_MANIFEST, _VALID_MANIFEST = "train.jsonl", "valid.jsonl"
-_MANIFEST_SUFFIXES = (".jsonl", ".json", ".csv")
-# Fields with the path of the audio: of this library, of Hugging Face's AudioFolder, and of NeMo.
-_PATH_FIELDS = ("audio", "file_name", "audio_filepath")
-_MAX_REJECTED_IN_LOG, _MAX_UNUSED_IN_LOG = 20, 5
+_VALID_MANIFEST = "valid.jsonl"
+_MAX_REPEATED_IN_LOG = 20
 _MAX_READERS = 8
 
-DataSource = str | Path | Dataset | Sequence[str | Path | Dataset]
-AudioSplit = tuple[Sequence[AudioItem] | Dataset, Sequence[AudioItem] | Dataset]
+AnyDataset = Dataset | HuggingFaceDataset
+DataSource = str | Path | AnyDataset | Sequence[str | Path | AnyDataset]
+AudioSplit = tuple[Sequence[AudioItem] | AnyDataset, Sequence[AudioItem] | AnyDataset]
 
 
 @typed
@@ -61,14 +59,15 @@ def load_items(
     """List the audio of a data source, and decode each file to check that it can be used.
 
     Args:
-        source: A folder, a manifest (`.jsonl`, `.json` or `.csv`), a torch `Dataset` of waves (see `dataset_items`), or
-            a list of such sources. If a folder contains a `train.jsonl`, only the files in this manifest are used. In a
-            folder without `train.jsonl`, all audio files are used, also those in subfolders and linked folders, sorted
-            by name; hidden files are skipped. The captions of `x.wav` may be in `x.txt`, one caption per line, in
-            `x.json`, with the fields of a manifest line, or in a `metadata.jsonl` or `metadata.csv` of Hugging Face. A
-            line of a manifest is a JSON object with the field `audio` (path relative to the manifest, or file:// URL;
-            also called `file_name`), and optionally `caption` and `captions` (see `caption_and_labels`). All other
-            fields of a line become labels.
+        source: A folder, a manifest (`.jsonl`, `.json` or `.csv`), a tar archive (see `tar_entries`), a torch `Dataset`
+            of waves (see `dataset_items`), a data set of the package `datasets` (see `hf_entries`), or a list of such
+            sources. If a folder contains a `train.jsonl`, only the files in this manifest are used. In a folder without
+            `train.jsonl`, all audio files are used, also those in subfolders and linked folders, sorted by name, and
+            then the members of all tar archives; hidden files are skipped. The captions of `x.wav` may be in `x.txt`,
+            one caption per line, in `x.json`, with the fields of a manifest line, or in a `metadata.jsonl` or
+            `metadata.csv` of Hugging Face. A line of a manifest is a JSON object with the field `audio` (path relative
+            to the manifest, or file:// URL; also called `file_name`), and optionally `caption` and `captions` (see
+            `caption_and_labels`). All other fields of a line become labels.
         min_seconds: Minimum duration of an audio file; shorter files are rejected.
         channels: Number of channels of the model (see `Requirements`).
         sample_hz: Sample rate of the waves of a `Dataset` that has no attribute `sample_hz`.
@@ -80,6 +79,8 @@ def load_items(
     requirements = Requirements(min_seconds, channels)
     if sample_hz is not None:
         check_rate(sample_hz)
+    if isinstance(source, HuggingFaceDataset):
+        return _checked_report(hf_entries(source), type(source).__name__, requirements)
     if isinstance(source, Dataset):
         return _report(dataset_items(source, sample_hz), [], type(source).__name__, requirements)
     if not isinstance(source, (str, Path)):
@@ -89,38 +90,25 @@ def load_items(
         items = _without_repetitions([report.items for report in reports])
         return ItemReport(items, [rejected for report in reports for rejected in report.rejected])
     source = _source_path(source)
-    manifest: Path | None = source
-    if source.is_dir() or source.suffix.lower() not in _MANIFEST_SUFFIXES:
-        manifest = source / _TRAIN_MANIFEST
-        if not manifest.is_file():
-            manifest = None
-    entries, left_out = _folder_entries(source) if manifest is None else (_manifest_entries(manifest), [])
+    entries, left_out = source_entries(source)
     return check_entries(entries, source, requirements, left_out)
 
 
 def _source_path(source: str | Path) -> Path:
-    return _local_path(str(source)).expanduser()
-
-
-def _local_path(text: str) -> Path:
-    """Convert a path or a file:// URL to a path; raise a ValueError for an address in the network."""
-    if "://" not in text[:12] and not text.startswith("file:/"):
-        return Path(text)
-    url = urlsplit(text)
-    if url.scheme.lower() != "file":
-        raise ValueError(f"{text[:200]} is an address; download the file, and pass its path")
-    return Path(url2pathname(url.path))
+    return local_path(str(source)).expanduser()
 
 
 def _identity(item: AudioItem) -> str:
-    return os.path.realpath(item.path) if item.load is None else f"{id(item.load)}"
+    if item.load is not None:
+        return f"{id(item.load)}"
+    return os.path.realpath(item.path) if item.open is None else f"{os.path.realpath(item.path)} {item.digest}"
 
 
 def _warn_of_overlap(train: Sequence[AudioItem], valid: Sequence[AudioItem]) -> None:
     """Log the validation files that are also training files."""
     in_training = {_identity(item) for item in train}
     if common := [printable(item.path) for item in valid if _identity(item) in in_training]:
-        shown = ", ".join(common[:_MAX_REJECTED_IN_LOG])
+        shown = ", ".join(common[:_MAX_REPEATED_IN_LOG])
         logger.warning("%d of %d validation files are also training files: %s", len(common), len(valid), shown)
 
 
@@ -135,7 +123,7 @@ def _without_repetitions(parts: Sequence[Sequence[AudioItem]]) -> list[AudioItem
         names = [_identity(item) for item in part]
         kept += [item for item, name in zip(part, names) if name not in known]
         if repeated := [printable(item.path) for item, name in zip(part, names) if name in known]:
-            shown = ", ".join(repeated[:_MAX_REJECTED_IN_LOG])
+            shown = ", ".join(repeated[:_MAX_REPEATED_IN_LOG])
             logger.warning("%d files are in several data sources, and are used once: %s", len(repeated), shown)
         known |= set(names)
     return kept
@@ -152,18 +140,30 @@ def check_entries(
 
     The files in `left_out` are reported together with the files that cannot be used.
     """
+    return _checked_report(entries, str(source), requirements or Requirements(), left_out)
+
+
+def _checked_report(
+    entries: Sequence[ItemEntry | Rejected],
+    source: str,
+    requirements: Requirements,
+    left_out: Sequence[Rejected] = (),
+) -> ItemReport:
     with ThreadPoolExecutor(min(_MAX_READERS, os.cpu_count() or 1)) as readers:
         checked = list(readers.map(_checked, entries))
-    return _report(checked, left_out, str(source), requirements or Requirements())
+    return _report(checked, left_out, source, requirements)
 
 
-def _checked(entry: ItemEntry) -> AudioItem | Rejected:
+def _checked(entry: ItemEntry | Rejected) -> AudioItem | Rejected:
+    if isinstance(entry, Rejected):
+        return entry
     try:
-        info, digest = decoded_info(entry.path), content_digest(entry.path)
+        with nullcontext() if entry.open is None else entry.open() as source:
+            info, digest = decoded_info(entry.path, source), content_digest(entry.path, source)
     except (ValueError, OSError) as error:
         return Rejected(entry.path, str(error).removeprefix(f"{entry.path}: "))
     numbers = (info.sample_hz, info.num_samples, info.channels, digest)
-    return AudioItem(entry.path, entry.caption, entry.labels, *numbers)
+    return AudioItem(entry.path, entry.caption, entry.labels, *numbers, open=entry.open)
 
 
 def _report(
@@ -180,103 +180,10 @@ def _report(
             rejected.append(Rejected(item.path, str(reason)))
     rejected += left_out
     if not items:
-        raise ValueError(printable(f"{source}: none of {len(checked)} audio files can be used: {_summary(rejected)}"))
+        raise ValueError(printable(f"{source}: none of {len(checked)} audio files can be used: {summary_of(rejected)}"))
     if rejected:
-        logger.warning("%s: left out %d files: %s", printable(source), len(rejected), _summary(rejected))
+        logger.warning("%s: left out %d files: %s", printable(source), len(rejected), summary_of(rejected))
     return ItemReport(items, rejected)
-
-
-def _summary(rejected: Sequence[Rejected]) -> str:
-    """Format rejected files and their reasons as one line of limited length."""
-    shown = [printable(f"{item.path} ({item.reason})") for item in rejected[:_MAX_REJECTED_IN_LOG]]
-    more = len(rejected) - len(shown)
-    return "; ".join(shown) + (f"; and {more} more" if more else "")
-
-
-def _folder_entries(folder: Path) -> tuple[list[ItemEntry], list[Rejected]]:
-    """List the audio files below a folder with their captions, and the files that are left out."""
-    scan = scan_folder(folder)
-    left_out = list(scan.rejected)
-    if scan.unused:
-        shown = ", ".join(printable(path.relative_to(folder)) for path in scan.unused[:_MAX_UNUSED_IN_LOG])
-        more = f" and {len(scan.unused) - _MAX_UNUSED_IN_LOG} more" if len(scan.unused) > _MAX_UNUSED_IN_LOG else ""
-        logger.warning(
-            "%s: not read: %s%s; captions of x.wav belong in x.txt, x.json or metadata.csv, a manifest is train.jsonl",
-            *(printable(folder), shown, more),
-        )
-    if not scan.audio:
-        reason = f": {_summary(left_out)}" if left_out else ""
-        raise ValueError(printable(f"{folder}: the folder has no audio files and no {_TRAIN_MANIFEST}{reason}"))
-    rows: dict[Path, dict[str, Any]] = {}
-    for table in scan.tables:
-        try:
-            described = _joined_rows(_rows(table, folder_of_table=True))
-        except (ValueError, OSError) as error:
-            reason = str(error).removeprefix(f"{table}: ")
-            left_out.append(Rejected(table, f"{reason}; fix or delete it, the audio files are used without it"))
-            continue
-        left_out += [Rejected(path, f"no such file, described in {table}") for path in described.keys() - scan.audio]
-        rows |= described
-    entries = []
-    for path, sidecars in scan.audio.items():
-        labels = dict(rows.get(path, {}))
-        captions: list[str | None] = [*_pop_captions(labels)]
-        for sidecar in sidecars:
-            try:
-                caption, further = read_sidecar(sidecar)
-            except (ValueError, OSError) as error:
-                left_out.append(Rejected(sidecar, f"{error}; fix or delete it, {path.name} is used without it"))
-                continue
-            captions += [caption, *further.pop("captions", ())]
-            labels |= further
-        entries.append(ItemEntry(path, *caption_and_labels(labels | {"captions": captions})))
-    return entries, left_out
-
-
-def _joined_rows(rows: Iterable[tuple[Path, dict[str, Any]]]) -> dict[Path, dict[str, Any]]:
-    """Join the rows of each file, which may have several captions, but not several values of a label."""
-    joined: dict[Path, dict[str, Any]] = {}
-    for path, fields in rows:
-        known = joined.setdefault(path, {"captions": []})
-        captions = [*known["captions"], *_pop_captions(fields)]
-        if differing := [name for name in known.keys() & fields.keys() if known[name] != fields[name]]:
-            raise ValueError(f"two rows of {path.name} have different {sorted(differing)}; write one row")
-        known |= {**fields, "captions": captions}
-    return joined
-
-
-def _pop_captions(fields: dict[str, Any]) -> list[str]:
-    return [*texts_in(fields.pop("caption", None)), *texts_in(fields.pop("captions", None))]
-
-
-def _manifest_entries(manifest: Path) -> list[ItemEntry]:
-    if not manifest.is_file():
-        raise ValueError(f"{manifest}: the manifest does not exist; pass an existing .jsonl file")
-    entries = [ItemEntry(path, *caption_and_labels(fields)) for path, fields in _rows(manifest)]
-    if not entries:
-        raise ValueError(f"{manifest}: the manifest has no lines; write one JSON object per audio file")
-    return entries
-
-
-def _rows(manifest: Path, folder_of_table: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield the path and the other, checked fields of each row of a manifest.
-
-    In a table of Hugging Face, the field `text` is the caption if there is no other caption.
-    """
-    for place, fields in manifest_rows(manifest):
-        try:
-            if not any(name in fields for name in _PATH_FIELDS):
-                hint = "; separate the columns with commas" if manifest.suffix.lower() == ".csv" else ""
-                raise ValueError(f"needs the field 'audio' (or 'file_name'), got {ascii(list(fields))[:100]}{hint}")
-            audio = next(fields.pop(name) for name in _PATH_FIELDS if name in fields)
-            if not isinstance(audio, str) or not audio:
-                raise ValueError(f"the field 'audio' must be a path, got {ascii(audio)[:100]}")
-            if folder_of_table and not {"caption", "captions"} & fields.keys() and isinstance(fields.get("text"), str):
-                fields["caption"] = fields.pop("text")
-            caption_and_labels(fields)
-            yield manifest.parent / _local_path(audio), fields
-        except ValueError as error:
-            raise ValueError(f"{manifest}, {place}: {error}") from error
 
 
 @typed
@@ -353,7 +260,7 @@ def load_split(
     sources of a list are split one by one.
     """
     needs = min_seconds, channels, sample_hz
-    if not isinstance(source, (str, Path, Dataset)):
+    if not isinstance(source, (str, Path, AnyDataset)):
         splits = [load_split(part, valid_fraction, seed, *needs) for part in source]
         if not splits:
             raise ValueError("got an empty list of data sources; pass at least one folder")
@@ -361,8 +268,8 @@ def load_split(
         in_training = {id(item) for train, _ in splits for item in train}
         train = [item for item in sides if id(item) in in_training]
         return train, [item for item in sides if id(item) not in in_training]
-    if not isinstance(source, Dataset):
-        manifests = [_source_path(source) / name for name in (_TRAIN_MANIFEST, _VALID_MANIFEST)]
+    if isinstance(source, (str, Path)):
+        manifests = [_source_path(source) / name for name in (TRAIN_MANIFEST, _VALID_MANIFEST)]
         if all(manifest.is_file() for manifest in manifests):
             train, valid = (load_items(manifest, *needs).items for manifest in manifests)
             _warn_of_overlap(train, valid)
@@ -373,7 +280,7 @@ def load_split(
 @typed
 def training_items(
     folder: DataSource | None,
-    items: AudioSplit | Dataset | None,
+    items: AudioSplit | AnyDataset | None,
     *,
     min_seconds: float = 0.0,
     channels: int = 1,
@@ -385,8 +292,8 @@ def training_items(
     """Return the training and validation items of a trainer, from a data source (see `load_split`) or from items.
 
     Args:
-        folder: Folder, manifest, torch `Dataset`, or a list of them.
-        items: Instead of `folder`: training and validation items, or one or two torch data sets of waves.
+        folder: Data source, see `load_items`.
+        items: Instead of `folder`: training and validation items, or one or two data sets.
         min_seconds: Duration of one token. Files of `folder` that are shorter, or have other channels, are left out;
             items of `items` raise a ValueError.
         channels: Number of channels of the model (see `Requirements`).
@@ -399,13 +306,13 @@ def training_items(
         received = f"neither {both.replace(' and ', ' nor ')}" if folder is None else f"both {both}"
         raise ValueError(f"got {received}; pass either a folder (or a manifest) or items")
     needs: dict[str, Any] = dict(min_seconds=min_seconds, channels=channels, sample_hz=sample_hz)
-    if isinstance(items, Dataset):
+    if isinstance(items, AnyDataset):
         folder, items = items, None
     if folder is not None:
         train, valid = load_split(folder, valid_fraction, **needs)
         return train, valid or list(train if reuse_for_validation else ())
     train, valid = (
-        load_items(side, **needs).items if isinstance(side, Dataset) else list(side) for side in items or ()
+        load_items(side, **needs).items if isinstance(side, AnyDataset) else list(side) for side in items or ()
     )
     if not train:
         raise ValueError("got an empty list of training items; pass at least one audio item")
@@ -413,5 +320,5 @@ def training_items(
     requirements = Requirements(min_seconds, channels)
     reasons = [(item, requirements.reason(item)) for item in (*train, *valid)]
     if unusable := [Rejected(item.path, reason) for item, reason in reasons if reason is not None]:
-        raise ValueError(f"{len(unusable)} items cannot be used; remove them: {_summary(unusable)}")
+        raise ValueError(f"{len(unusable)} items cannot be used; remove them: {summary_of(unusable)}")
     return train, valid or list(train if reuse_for_validation else ())

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from audiolm_pytorch.checks.types import described, typed
+from audiolm_pytorch.data.claims import claims
 from audiolm_pytorch.saving.files import (
     check_digest,
     differences,
@@ -27,7 +28,7 @@ from audiolm_pytorch.saving.files import (
     read_versioned,
     write_json,
 )
-from audiolm_pytorch.saving.ownership import check_overwrite
+from audiolm_pytorch.saving.ownership import LOCK_FILE, check_overwrite
 from audiolm_pytorch.saving.text import one_line
 
 __all__ = ["TokenShards", "write_shards"]
@@ -52,13 +53,11 @@ def write_shards(
     num_records: int,
     fingerprint: dict[str, Any],
     records_per_chunk: int = 256,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> int:
     """Compute the records of a corpus and store them in chunks; return the number of chunks that this call computed.
 
-    Complete chunks are not computed again. Any number of processes, each with its rank, may write to the same folder.
-    When all chunks are complete, a process writes the file `index.json`.
+    Complete chunks are not computed again. Any number of processes may write to the same folder; each of them takes the
+    next chunk that no process is computing. When all chunks are complete, a process writes the file `index.json`.
 
     Args:
         make_record: Function that returns record number `i` as a dict of arrays. All records need the same field names;
@@ -67,10 +66,9 @@ def write_shards(
         fingerprint: JSON-compatible description of the records; another fingerprint in `folder` is an error.
         records_per_chunk: Number of records per chunk; an interrupted process loses at most one chunk.
     """
-    if min(num_records, records_per_chunk) < 1 or not 0 <= rank < world_size:
+    if min(num_records, records_per_chunk) < 1:
         raise ValueError(
-            "shards need num_records >= 1, records_per_chunk >= 1 and 0 <= rank < world_size, "
-            f"got {num_records=}, {records_per_chunk=}, {rank=}, {world_size=}"
+            f"shards need num_records >= 1 and records_per_chunk >= 1, got {num_records=}, {records_per_chunk=}"
         )
     folder = Path(folder)
     plan = {
@@ -88,15 +86,20 @@ def write_shards(
         write_json(folder / _PLAN_NAME, plan, sealed=True)
     chunks = [folder / f"chunk-{number:05d}" for number in range(-(-num_records // records_per_chunk))]
     num_computed = 0
-    for number in range(rank, len(chunks), world_size):
-        if not chunks[number].is_dir():
-            first = number * records_per_chunk
-            last = min(first + records_per_chunk, num_records)
-            _write_chunk(chunks[number], [_storable(make_record(i), i) for i in range(first, last)], first)
-            num_computed += 1
+    with claims(folder) as claim:
+        for number, chunk in enumerate(chunks):
+            # another process may complete the chunk before the claim
+            if not chunk.is_dir() and claim(number) and not chunk.is_dir():
+                for partial in folder.glob(f".{chunk.name}.*.partial"):  # of processes that were killed
+                    shutil.rmtree(partial, ignore_errors=True)
+                first = number * records_per_chunk
+                last = min(first + records_per_chunk, num_records)
+                _write_chunk(chunk, [_storable(make_record(i), i) for i in range(first, last)], first)
+                num_computed += 1
     if all(chunk.is_dir() for chunk in chunks):
         digests = [digest_of_file(chunk / _FIELDS_NAME) for chunk in chunks]
         write_json(folder / _INDEX_NAME, {**plan, "fields": _joint_fields(chunks), "chunks": digests}, sealed=True)
+        (folder / LOCK_FILE).unlink(missing_ok=True)
     return num_computed
 
 

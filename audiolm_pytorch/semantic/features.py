@@ -82,8 +82,6 @@ def write_features(
     layer: int,
     origin: dict[str, Any],
     advance: Callable[[], object],
-    rank: int = 0,
-    world_size: int = 1,
 ) -> None:
     """Write the hidden states of every planned crop to `folder` in chunks, and skip chunks that are already on disk.
 
@@ -104,7 +102,7 @@ def write_features(
 
     batch_bytes = batch_crops * max(crop.num_frames for crop in plan) * encoder.dim * np.dtype(np.float32).itemsize
     records_per_chunk = batch_crops * max(1, _CHUNK_BYTES // batch_bytes)
-    write_shards(folder, make_record, len(plan), origin, records_per_chunk, rank, world_size)
+    write_shards(folder, make_record, len(plan), origin, records_per_chunk)
 
 
 @torch.no_grad()

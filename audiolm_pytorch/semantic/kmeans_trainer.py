@@ -188,8 +188,6 @@ class KMeansTrainer:
                 layer=self._layer,
                 origin=self._origin,
                 advance=advance,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
             )
         accelerator.wait_for_everyone()
 

@@ -115,7 +115,7 @@ def write_codec_copies(codec: "Codec", items: "Sequence[AudioItem]", folder: Pat
     """Write a decoded copy of every clip as FLAC, with its caption and labels, and return the path of the manifest."""
     import torch
 
-    from audiolm_pytorch.audio.files import peak_safe, read_audio, write_audio
+    from audiolm_pytorch.audio.files import peak_safe, write_audio
     from audiolm_pytorch.data.items import ItemEntry
     from audiolm_pytorch.nn.module_state import device_of
 
@@ -125,7 +125,7 @@ def write_codec_copies(codec: "Codec", items: "Sequence[AudioItem]", folder: Pat
         entries.append(ItemEntry(folder / f"{number:05d}.flac", item.caption, labels))
     manifest = _write_manifest(folder, entries)
     for item, entry in zip(items, entries):
-        wave, _ = read_audio(item.path, codec.target_sample_hz, codec.channels, duration_seconds=seconds)
+        wave = item.read(codec.target_sample_hz, codec.channels, duration_seconds=seconds)
         with torch.no_grad():
             codes, scales = codec.encode(wave[None].to(device_of(codec)))
             copy = codec.decode(codes, scales, wave.shape[-1])[0].float().cpu()

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.manifest import AudioItem
 
@@ -19,7 +18,7 @@ def load_clips(items: Sequence[AudioItem], sample_hz: int, seconds: float = 5.0)
     if not items:
         raise ValueError("got an empty list of clips; pass at least one clip")
     num_samples = round(seconds * sample_hz)
-    waves = [read_audio(item.path, sample_hz, duration_seconds=seconds)[0][0, :num_samples] for item in items]
+    waves = [item.read(sample_hz, duration_seconds=seconds)[0, :num_samples] for item in items]
     return torch.stack([F.pad(wave, (0, num_samples - len(wave))) for wave in waves])
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audio.units import check_durations
 from audiolm_pytorch.checks.types import typed
@@ -179,7 +178,7 @@ def extract(
         if first % (8 * _CLIPS_PER_BATCH) == 0:
             announce(f"features of clip {first + 1} of {len(items)}")
         part = items[first : first + _CLIPS_PER_BATCH]
-        clips = [read_audio(item.path, duration_seconds=seconds) for item in part]
+        clips = [(item.read(item.sample_hz, duration_seconds=seconds), item.sample_hz) for item in part]
         resampled: dict[int, list[Tensor]] = {}
         for extractor in unique.values():
             rate = extractor.sample_hz

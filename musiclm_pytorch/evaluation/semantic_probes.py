@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.manifest import AudioItem, load_split
@@ -167,9 +166,7 @@ def _features(
     num_tokens: int | None = None,
 ) -> Features:
     """Read the clips at `sample_hz`, and call `frames` with the wave `[n]` of each clip."""
-    train, test = (
-        [frames(read_audio(item.path, sample_hz)[0][0]).numpy() for item in side] for side in (clips.train, clips.test)
-    )
+    train, test = ([frames(item.read(sample_hz)[0]).numpy() for item in side] for side in (clips.train, clips.test))
     if not all(np.isfinite(part).all() for part in (*train, *test)):
         raise ValueError(f"{name}: the features contain NaN or infinity; train the encoder again")
     return Features(name, train, test, hop_samples / sample_hz, num_tokens)

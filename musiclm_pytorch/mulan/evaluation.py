@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.manifest import AudioItem, load_items
 from audiolm_pytorch.nn.module_state import device_of
@@ -114,7 +113,7 @@ def _embed_audio(mulan: JointEmbedding, items: Sequence[AudioItem]) -> Tensor:
     order = sorted(range(len(items)), key=lambda index: items[index].num_samples / items[index].sample_hz)
     for first in range(0, len(order), _CLIPS_PER_BATCH):
         rows = order[first : first + _CLIPS_PER_BATCH]
-        waves = [read_audio(items[row].path, mulan.sample_hz)[0][0] for row in rows]
+        waves = [items[row].read(mulan.sample_hz)[0] for row in rows]
         lengths = torch.tensor([len(wave) for wave in waves], device=device)
         padded = pad_sequence(waves, batch_first=True).to(device)
         latents[rows] = mulan.get_long_audio_latents(padded, lengths).float().cpu()

@@ -153,8 +153,7 @@ def _write(
         request.end_if_requested(f"before record {index + 1} of {num_records} in {folder}; complete chunks are kept")
         return make_record(index)
 
-    processes = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     with stop_signals() as request:
-        write_shards(folder, interruptible, num_records, fingerprint, **processes)
+        write_shards(folder, interruptible, num_records, fingerprint)
     accelerator.wait_for_everyone()
     return TokenShards(folder, fingerprint)

@@ -153,6 +153,13 @@ def _musicgen() -> Any:
     return MusicGen(codec=small.small_soundstream(), dim=16, depth=1, heads=2, max_seconds=1.0)
 
 
+def _hf_rows() -> Any:
+    from datasets import Audio, Dataset
+
+    sounds = [{"bytes": Path(_sounds(), "0.wav").read_bytes(), "path": "0.wav"}] * 3
+    return Dataset.from_dict({"audio": sounds}).cast_column("audio", Audio())
+
+
 def _trainer(**parts: Any) -> dict[str, Any]:
     return {"folder": _sounds(), **RUN, "results_folder": _out(), **SETTINGS, **parts}
 
@@ -197,8 +204,9 @@ DATA_ROWS: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "write_shards": lambda: {
         **{"folder": _out(), "make_record": _record, "num_records": 2, "fingerprint": {"a": 1}},
-        **{"records_per_chunk": 2, "rank": 0, "world_size": 1},
+        "records_per_chunk": 2,
     },
+    "write_tars": lambda: {"dataset": _hf_rows(), "folder": _out(), "rows_per_tar": 2},
     "TokenShards": lambda: {"folder": _shards(), "expect_fingerprint": {"a": 1}, "max_open_chunks": 2},
     "TrainLoop": lambda: {
         "task": ToyTask(),

@@ -1,6 +1,9 @@
 """Token shards: what is written is what is read, nothing is computed twice, and nothing is mixed up."""
 
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +102,47 @@ def test_what_a_kill_during_writing_leaves_is_not_taken_for_a_chunk(tmp_path: Pa
 
 def test_two_processes_share_the_work(tmp_path: Path) -> None:
     """Guards parallel encoding: each chunk once, and the index only when all are there."""
-    folder, workers = tmp_path / "s", [Counting(), Counting()]
-    write_shards(folder, workers[0], 10, FINGERPRINT, records_per_chunk=2, rank=0, world_size=2)
-    assert not (folder / "index.json").exists()
-    write_shards(folder, workers[1], 10, FINGERPRINT, records_per_chunk=2, rank=1, world_size=2)
-    assert sorted(workers[0].asked + workers[1].asked) == list(range(10))
+    folder, worker, (reader, writer) = tmp_path / "s", Counting(), os.pipe()
+
+    def held(number: int) -> dict[str, np.ndarray]:
+        """The other process computes the first chunk until this process writes to the pipe."""
+        (folder / "begun").touch()
+        os.read(reader, 1)
+        return make_record(number)
+
+    folder.mkdir()
+    other = os.fork()
+    if other == 0:
+        os.close(writer)  # the process ends if the test fails
+        try:
+            os._exit(write_shards(folder, held, 10, FINGERPRINT, records_per_chunk=2) - 1)
+        finally:
+            os._exit(9)
+    while not (folder / "begun").exists():
+        time.sleep(0.01)
+    assert write_shards(folder, worker, 10, FINGERPRINT, records_per_chunk=2) == 4
+    assert worker.asked == list(range(2, 10)) and not (folder / "index.json").exists()
+    os.write(writer, b"12")
+    assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 0
     assert all(same(TokenShards(folder)[number], make_record(number)) for number in range(10))
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_the_chunk_of_a_killed_process_is_computed_by_another_one(tmp_path: Path) -> None:
+    """Guards locks that outlive their process, and its unfinished files."""
+
+    def killed(number: int) -> dict[str, np.ndarray]:
+        (tmp_path / f".chunk-00000.{os.getpid()}.partial").mkdir()
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    other = os.fork()
+    if other == 0:
+        write_shards(tmp_path, killed, 4, FINGERPRINT, records_per_chunk=2)
+    os.waitpid(other, 0)
+    assert [path.name for path in tmp_path.glob("*.partial")]
+    assert write_shards(tmp_path, make_record, 4, FINGERPRINT, records_per_chunk=2) == 2
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_tokens_of_another_encoder_are_refused_with_the_difference(tmp_path: Path) -> None:
@@ -140,12 +178,12 @@ def test_records_that_cannot_be_stored_are_named(tmp_path: Path, broken: dict[st
     records = [{"a": np.zeros(2)}, broken]
     with pytest.raises(ValueError, match=message):
         write_shards(tmp_path / "s", lambda number: records[number], 2, {})
-    assert [path.name for path in (tmp_path / "s").iterdir()] == ["plan.json"]
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {"plan.json", ".lock"}
     with pytest.raises(TypeError, match="record 0: make_record must return a dict of arrays, got None"):
         write_shards(tmp_path / "none", lambda number: None, 1, {})
     with full_disk(2000), pytest.raises(OSError, match=f"cannot write to {tmp_path / 'full'}: "):
         write_shards(tmp_path / "full", lambda number: {"a": np.zeros(10_000)}, 1, {})
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["plan.json"]
+    assert {path.name for path in (tmp_path / "full").iterdir()} == {"plan.json", ".lock"}
 
 
 def test_chunks_that_disagree_are_found_before_they_are_read(tmp_path: Path) -> None:
