@@ -107,7 +107,7 @@ def write_audio(path: str | Path, wave: Tensor, sample_hz: int, comment: str = "
     """Write `wave [n]` or `[c, n]` to an audio file; the file appears at `path` only when it is complete.
 
     Args:
-        path: File name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis); missing folders are created.
+        path: File name ending in .wav (16-bit), .flac (16-bit), .ogg (Vorbis) or .mp3; missing folders are created.
         wave: Float samples in -1..1; samples outside this range are clipped, unless `peak_safe` scales the wave first.
         comment: Text in the comment field of the file, see `AudioWriter`.
     """

@@ -2,14 +2,23 @@
 
 from audiolm_pytorch.checks.damage import LFS_POINTER, POINTER_REASON
 
-__all__ = ["AUDIO_SUFFIXES", "OTHER_AUDIO_SUFFIXES", "WRITE_SUBTYPES", "unreadable_reason"]
+__all__ = [
+    "AUDIO_SUFFIXES",
+    "MAX_MP3_CHANNELS",
+    "MP3_RATES_HZ",
+    "OTHER_AUDIO_SUFFIXES",
+    "WRITE_SUBTYPES",
+    "unreadable_reason",
+]
 
 # Suffixes of the formats that libsndfile can decode.
 AUDIO_SUFFIXES = tuple(".wav .wave .flac .mp3 .ogg .oga .opus .aiff .aif .aifc .au .snd .caf .rf64 .w64 .sph".split())
 # Suffixes of audio and video that libsndfile cannot decode, and of unfinished downloads.
 OTHER_AUDIO_SUFFIXES = tuple(".m4a .m4b .aac .mp4 .mov .webm .mka .mkv .wma .wv .ape .amr .ac3 .mpc .ra .part".split())
 # Suffixes of the formats that can be written, with the encoding of libsndfile.
-WRITE_SUBTYPES = {".wav": "PCM_16", ".flac": "PCM_16", ".ogg": "VORBIS"}
+WRITE_SUBTYPES = {".wav": "PCM_16", ".flac": "PCM_16", ".ogg": "VORBIS", ".mp3": "MPEG_LAYER_III"}
+MP3_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+MAX_MP3_CHANNELS = 2
 
 _CONVERT = "convert it first, e.g. with ffmpeg -i NAME.{} NAME.wav"
 # First bytes of formats that libsndfile does not read.

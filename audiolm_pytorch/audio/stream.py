@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from audiolm_pytorch.audio.formats import WRITE_SUBTYPES, unreadable_reason
+from audiolm_pytorch.audio.formats import MAX_MP3_CHANNELS, MP3_RATES_HZ, WRITE_SUBTYPES, unreadable_reason
 from audiolm_pytorch.audio.resample import StreamingResampler, resampled_length
 from audiolm_pytorch.audio.waves import check_channels, check_rate, check_samples, with_channels
 from audiolm_pytorch.checks.types import typed
@@ -155,9 +155,10 @@ class AudioWriter:
             writer.write(wave)
 
     Args:
-        path: File name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis).
+        path: File name ending in .wav (16-bit), .flac (16-bit), .ogg (Vorbis) or .mp3.
         comment: Text in the comment field of the file, which players show and `soundfile` reads; only the first 2,000
-            bytes are stored. Surrogates, as in file names that are not UTF-8, are written as escapes.
+            bytes are stored. Surrogates, as in file names that are not UTF-8, are written as escapes, in .mp3 all
+            letters that are not ASCII.
     """
 
     @typed
@@ -172,7 +173,12 @@ class AudioWriter:
             raise ValueError(f"{str(path)!r}: a file name cannot contain the character NUL; remove it")
         check_rate(sample_hz)
         check_channels(channels)
-        self._subtype = WRITE_SUBTYPES[suffix]
+        self._subtype, self._is_mp3 = WRITE_SUBTYPES[suffix], suffix == ".mp3"
+        if self._is_mp3 and (sample_hz not in MP3_RATES_HZ or channels > MAX_MP3_CHANNELS):
+            raise ValueError(
+                f"{path}: an MP3 file has 1 or 2 channels at {', '.join(map(str, MP3_RATES_HZ))} Hz, got {channels} at "
+                f"{sample_hz} Hz; write .wav or .flac, or resample first"
+            )
         self._target = self.path.resolve() if self.path.is_symlink() else self.path
         self._partial = partial_path(self._target)
         self._file: soundfile.SoundFile | None = None
@@ -206,7 +212,8 @@ class AudioWriter:
                     subtype=self._subtype,
                 )
                 if self.comment:
-                    comment = self.comment.encode(errors="backslashreplace")[:_MAX_COMMENT_BYTES]
+                    encoding = "ascii" if self._is_mp3 else "utf-8"
+                    comment = self.comment.encode(encoding, errors="backslashreplace")[:_MAX_COMMENT_BYTES]
                     self._file.comment = comment.decode(errors="ignore")
             # The Vorbis encoder of libsndfile stores the samples of one call on the stack, which a long call would
             # overflow.

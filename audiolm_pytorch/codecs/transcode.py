@@ -67,7 +67,7 @@ class FileCodec:
     def decode(
         self, stored: StoredCodes, path: str | Path, num_levels: int | None = None, original_rate: bool = False
     ) -> None:
-        """Decode stored codes of this codec, and write a .wav, .flac or .ogg file with the length of the encoded sound.
+        """Decode stored codes of this codec, and write a sound file with the length of the encoded sound.
 
         The first `num_levels` levels are decoded (None: all stored levels). With `original_rate`, the sound is
         resampled to the rate of the encoded file.

@@ -78,14 +78,25 @@ class OneLineFormatter(logging.Formatter):
 
 
 def device_named(name: str) -> "torch.device":
-    """Return the device with this name; "auto" selects the GPU if there is one, else the CPU."""
+    """Return the device with this name; "auto" selects the GPU if there is one, else the CPU.
+
+    A ValueError is raised if a kernel of the device is silently wrong, as some of MPS were.
+    """
     import torch
 
+    from audiolm_pytorch.checks.kernels import check_kernels
     from audiolm_pytorch.checks.types import usable_device
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return usable_device(name)
+    device = usable_device(name)
+    wrong = [] if device.type == "cpu" else [check.name for check in check_kernels(device) if not check.is_right]
+    if wrong:
+        raise ValueError(
+            f"the device {device} computes wrong results ({', '.join(wrong)}); use --device cpu, and see "
+            f"musiclm doctor --device {device}"
+        )
+    return device
 
 
 def check_file(path: Path, suffixes: Sequence[str]) -> None:

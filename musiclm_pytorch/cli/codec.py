@@ -88,7 +88,7 @@ class Decode(_WithCodec):
     """Decode files of codes to sounds, with the codec that encoded the sounds."""
 
     out: Path
-    """File to write (.wav, .flac or .ogg); for a folder the folder to write, with the same tree."""
+    """File to write (.wav, .flac, .ogg or .mp3); for a folder the folder to write, with the same tree."""
     levels: int | None = None
     """Decode only the first code levels; default: all stored levels."""
     entropy: str | None = None
@@ -96,8 +96,7 @@ class Decode(_WithCodec):
     original_rate: bool = False
     """Resample to the rate of the encoded file; default: the codec's rate."""
     suffix: str | None = None
-    """Format of the files in a folder: .wav (the default), .flac or .ogg. The name --out of a single file has its own.
-    """
+    """Format of the files in a folder: .wav (the default), .flac, .ogg or .mp3. A single file has that of --out."""
 
     def run(self) -> int:
         """Decode the files and return the exit status."""

@@ -19,6 +19,7 @@ __all__ = ["COMMANDS", "command_class", "help_text", "parse_options", "split_com
 # Words of a command -> module of this package, class in the module, and a line of the help.
 COMMANDS = {
     "generate": ("generate", "Generate", "music from a text, to a file or while it is played"),
+    "play": ("play", "Play", "play an audio file"),
     "train": ("train", "Train", "train all models on a folder of audio, or one of them"),
     "train musicgen": ("musicgen", "TrainMusicGen", "train or fine-tune a MusicGen"),
     "train kmeans": ("kmeans", "TrainKmeans", "train a semantic tokenizer on a layer of any encoder"),
@@ -33,6 +34,9 @@ COMMANDS = {
     "convert hubert": ("convert", "Hubert", "a published HuBERT and its k-means to safetensors"),
     "convert vq-wav2vec": ("convert", "VqWav2vec", "a published vq-wav2vec to safetensors"),
     "convert musiccaps": ("convert", "MusicCaps", "MusicCaps to a training manifest"),
+    "info": ("info", "Info", "versions, devices, bundled models and their words; or of a FILE"),
+    "doctor": ("doctor", "Doctor", "check the results of this device"),
+    "completion": ("completion", "Completion", "complete commands in bash or zsh"),
 }
 # First words that need a second word, with their line of the help.
 _GROUPS = {

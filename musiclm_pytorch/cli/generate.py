@@ -5,7 +5,7 @@ import struct
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Generate"]
 
-_AUDIO_SUFFIXES = (".wav", ".flac", ".ogg")
+_AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 _STREAM_SUFFIXES = (".wav", ".raw")
 _STANDARD_OUTPUT = Path("-")
 _UNKNOWN_SIZE = 0xFFFFFFFF
@@ -53,6 +53,8 @@ class Generate(ModelOptions):
     story: Path | None = None
     """Instead of TEXT: file with a line for each part of the music, its start in seconds and its text, e.g.
     "15 a slow waltz". The first start is 0."""
+    prompts: Path | None = None
+    """Instead of TEXT: file with one text a line. Their music is written into numbered files: music-1.wav, ..."""
     mix: tuple[tuple[float, str], ...] = ()
     """Further texts or audio files to mix with TEXT, each after its weight; TEXT has the weight 1. An example is
     --mix 0.5 "a slow cello" 0.2 drums.wav."""
@@ -60,6 +62,9 @@ class Generate(ModelOptions):
     """Text from which the music is led away, e.g. "drums". Needs a guidance scale above 1."""
     guidance_scale: float | None = None
     """Strength of the text in the semantic and the coarse stage; 1 is no guidance. By default that of the model."""
+    temperature: float | None = None
+    """Temperature of the semantic and the coarse stage: below 1 more regular music, 0 always the most likely token. By
+    default that of the model."""
     model: str = "tiny"
     """Name of a bundled model, the folder of a trained one, or a hub id. MusicGen and AudioGen models, for example
     facebook/musicgen-small, generate one piece without ranking."""
@@ -67,6 +72,8 @@ class Generate(ModelOptions):
     """Length in seconds, rounded up to whole frames. By default 5, or with --story 5 after the last start."""
     num_samples: int | None = None
     """Number of candidates of a MusicLM; default: 4, or 1 with --stream and without --rank-seconds."""
+    keep_all: bool = False
+    """Also write the other candidates, into files with their seeds: music-seed5.wav."""
     seed: int = 0
     """Candidate i is sampled with seed + i. The same command generates the same music."""
     device: str = "auto"
@@ -76,8 +83,8 @@ class Generate(ModelOptions):
     melody: Path | None = None
     """Audio file whose melody the music follows, e.g. hummed or whistled, for models with a melody."""
     out: Path = Path("music.wav")
-    """File to write (.wav, .flac or .ogg; with --stream .wav or .raw, or - for standard output). A missing folder is
-    created. Without --stream, the comment field of the file has the text, the model and the seed."""
+    """File to write (.wav, .flac, .ogg or .mp3; with --stream .wav or .raw, or - for standard output). A missing folder
+    is created. Without --stream, the comment field of the file has the text, the model and the seed."""
     stream: bool = False
     """Write 16-bit samples while the music is generated. If there are several candidates, MuLaN ranks about the first
     --rank-seconds of each, and only the best one is continued; samples outside -1..1 are clipped."""
@@ -90,6 +97,9 @@ class Generate(ModelOptions):
     (needs the [watermark] extra)."""
     plot: Path | None = None
     """Plot the wave and its mel spectrogram into this picture file (needs the [plot] extra)."""
+    json: bool = False
+    """Print one line of JSON for each piece of music: file, seconds, sample rate, and seed and similarity of all
+    candidates."""
 
     def execute(self) -> int:
         """Write the best candidate to a file and print the similarity of each candidate to the text."""
@@ -102,21 +112,36 @@ class Generate(ModelOptions):
         if is_musicgen(**source):
             from musiclm_pytorch.musicgen.musicgen import MusicGen
 
-            self._generate_musicgen(MusicGen.from_pretrained(**source, device=device))
+            musicgen = MusicGen.from_pretrained(**source, device=device)
+            for piece in self._pieces():
+                piece._generate_musicgen(musicgen)
             return 0
         from musiclm_pytorch.musiclm import MusicLM
 
         musiclm = MusicLM.from_pretrained(**source, device=device)
-        if self.stream:
-            self._stream(musiclm)
-        else:
-            self._generate(musiclm)
+        for piece in self._pieces():
+            if self.stream:
+                piece._stream(musiclm)
+            else:
+                piece._generate(musiclm)
         return 0
+
+    def _pieces(self) -> "Iterator[Generate]":
+        """Yield the command of each text in --prompts, or this command."""
+        if self.prompts is None:
+            yield self
+            return
+        for number, text in enumerate(_read_prompts(self.prompts), start=1):
+            piece = replace(self, text=text, prompts=None, out=_with_ending(self.out, number))
+            if self.plot is not None:
+                piece = replace(piece, plot=_with_ending(self.plot, number))
+            piece.__dict__["_watermark"] = self._watermark  # loaded once
+            yield piece
 
     def _generate_musicgen(self, musicgen: "MusicGen") -> None:
         """Write the music of a MusicGen to a file, or chunk by chunk."""
-        names = ("story", "mix", "negative", "guidance_scale", "num_samples", "rank_seconds")
-        options = [option_name(name) for name in names if getattr(self, name) not in (None, ())]
+        names = ("story", "mix", "negative", "num_samples", "keep_all", "rank_seconds")
+        options = [option_name(name) for name in names if getattr(self, name) not in (None, (), False)]
         if options:
             raise ValueError(
                 f"{' and '.join(options)} need a MusicLM, {self.model} is a MusicGen; leave out {options[0]}"
@@ -127,6 +152,7 @@ class Generate(ModelOptions):
             "seeds": self.seed,
             "prompt": self.continue_from,
             "melody": self.melody,
+            **self._sampling,
         }
         if self.stream:
             self._write_chunks(musicgen.stream(**request))
@@ -134,11 +160,19 @@ class Generate(ModelOptions):
             self._write_music(musicgen.generate(**request, progress=True).waves[0], musicgen.sample_hz, 0)
 
     def _generate(self, musiclm: "MusicLM") -> None:
-        """Write the best candidate of a MusicLM to a file."""
+        """Write the best candidate of a MusicLM to a file, and the others too with --keep-all."""
+        from audiolm_pytorch.audio.files import write_audio
+
         candidates = musiclm(**self._request(), return_all=True, progress=True)
-        best = int(candidates.order[0, 0])
+        best, sample_hz = int(candidates.order[0, 0]), candidates.sample_hz
         scores = candidates.scores[0].tolist()
-        self._write_music(candidates.waves[0, best], candidates.sample_hz, best, scores)
+        waves = candidates.waves[0]
+        others = [number for number in range(len(waves)) if number != best] if self.keep_all else []
+        for number in others:
+            path = _with_ending(self.out, f"seed{self.seed + number}")
+            write_audio(path, self._marked(waves[number], sample_hz), sample_hz, comment=self._comment(number))
+            self._print(f"wrote {path}")
+        self._write_music(waves[best], sample_hz, best, scores)
 
     def _write_music(self, wave: "Tensor", sample_hz: int, best: int, scores: Sequence[float] = ()) -> None:
         """Write a wave and its plot; `best` is the number of the selected candidate of those with `scores`."""
@@ -153,12 +187,37 @@ class Generate(ModelOptions):
 
             plot_wave(wave, sample_hz, self.plot, title=self._title)
             self._print(f"wrote {self.plot}")
+        self._print_json(scores, best, wave.shape[-1] / sample_hz, sample_hz)
+
+    def _print_json(self, scores: Sequence[float], best: int, seconds: float, sample_hz: int) -> None:
+        """Print the result for scripts."""
+        if self.json:
+            numbers: Sequence[float | None] = scores or [None]
+            candidates = [{"seed": self.seed + number, "similarity": score} for number, score in enumerate(numbers)]
+            print(
+                json.dumps(
+                    {
+                        "file": str(self.out),
+                        "text": self._title,
+                        "seed": self.seed + best,
+                        "seconds": seconds,
+                        "sample_hz": sample_hz,
+                        "model": self.model,
+                        "candidates": candidates,
+                    }
+                )
+            )
+
+    @property
+    def _sampling(self) -> dict[str, float]:
+        """The sampling settings that differ from those of the model."""
+        settings = {"guidance_scale": self.guidance_scale, "temperature": self.temperature}
+        return {name: value for name, value in settings.items() if value is not None}
 
     def _request(self) -> dict[str, Any]:
         """Return the arguments of `MusicLM.forward` and `MusicLM.stream`."""
         from musiclm_pytorch.generation.prompts import Mixture
 
-        guidance = {"guidance_scale": self.guidance_scale}
         parts = [(Path(part) if Path(part).is_file() else part, weight) for weight, part in self.mix]
         story = [(start, Mixture([(text, 1.0), *parts]) if parts else text) for start, text in self._starts]
         return {
@@ -169,7 +228,7 @@ class Generate(ModelOptions):
             "seconds": self._seconds,
             "seed": self.seed,
             "prime_wave": self.continue_from,
-            "sampling": None if self.guidance_scale is None else dict.fromkeys(("semantic", "coarse"), guidance),
+            "sampling": dict.fromkeys(("semantic", "coarse"), self._sampling) if self._sampling else None,
         }
 
     def _stream(self, musiclm: "MusicLM") -> None:
@@ -266,11 +325,14 @@ class Generate(ModelOptions):
     def _comment(self, best: int) -> str:
         """Return the request as JSON for the comment field of the file; `--num-samples 1` with `seed` repeats it."""
         request = {"seed": self.seed + best, "seconds": self._seconds, "model": Path(self.model).name}
+        is_mp3 = self.out.suffix.lower() == ".mp3"  # libsndfile stores other letters wrongly in MP3 files
+        text = json.dumps({**request, "text": self._title[:_MAX_COMMENT_LETTERS]}, ensure_ascii=is_mp3)
         # A file name that is not UTF-8 has letters that cannot be stored; `printable` escapes them, as JSON does.
-        return printable(json.dumps({**request, "text": self._title[:_MAX_COMMENT_LETTERS]}, ensure_ascii=False))
+        return printable(text)
 
     def _print(self, message: str) -> None:
-        print(printable(message), file=sys.stderr if self.out == _STANDARD_OUTPUT else sys.stdout)
+        if not self.json:
+            print(printable(message), file=sys.stderr if self.out == _STANDARD_OUTPUT else sys.stdout)
 
 
 def _wav_header(sample_hz: int, channels: int, num_bytes: int | None) -> bytes:
@@ -280,15 +342,32 @@ def _wav_header(sample_hz: int, channels: int, num_bytes: int | None) -> bytes:
     return struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", sizes[0], b"WAVE", b"fmt ", *sound, b"data", sizes[1])
 
 
+def _with_ending(path: Path, ending: object) -> Path:
+    """Return a path whose name ends in `-ending`, before the suffix."""
+    return path.with_name(f"{path.stem}-{ending}{path.suffix}")
+
+
+def _read_text(path: Path, name: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the {name} {path}: {error}") from error
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """Read the texts of a file, one a line; empty lines and lines with # are skipped."""
+    lines = [line.strip() for line in _read_text(path, "prompts").splitlines()]
+    texts = [line for line in lines if line and not line.startswith("#")]
+    if not texts:
+        raise ValueError(f"{path} has no lines; write one text a line")
+    return texts
+
+
 def _read_story(path: Path) -> list[tuple[float, str]]:
     """Read the lines of a story, see `story_of_lines`."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the story {path}: {error}") from error
     from musiclm_pytorch.generation.prompts import story_of_lines
 
-    story = story_of_lines(text, str(path))
+    story = story_of_lines(_read_text(path, "story"), str(path))
     if not story:
         raise ValueError(f'{path} has no lines; write lines like "15 a slow waltz", of which the first starts at 0')
     return story
@@ -296,10 +375,15 @@ def _read_story(path: Path) -> list[tuple[float, str]]:
 
 def _check(command: Generate) -> None:
     """Check the arguments and that the files can be written, before the model is loaded."""
+    sources = {"the text": command.text, "--story": command.story, "--prompts": command.prompts}
+    if len(given := [name for name, value in sources.items() if value not in (None, "")]) > 1:
+        raise ValueError(f"got {' and '.join(given)}; pass only one of them")
     if command.story is not None:
-        if command.text:
-            raise ValueError(f"got the text {command.text!r:.60} and --story {command.story}; pass only one of them")
         _read_story(command.story)
+    elif command.prompts is not None:
+        _read_prompts(command.prompts)
+        if command.out == _STANDARD_OUTPUT:
+            raise ValueError("--prompts writes several files and cannot be used with --out -; name a file")
     elif not command.text.strip():
         raise ValueError('the text is empty; describe the music, e.g. "a slow waltz on the cello"')
     mixed = [part for _, part in command.mix]
@@ -313,13 +397,19 @@ def _check(command: Generate) -> None:
         raise ValueError(f"--rank-seconds must be above 0, got {command.rank_seconds:g}")
     if command.stream and command.plot is not None:
         raise ValueError("--plot needs the whole music and cannot be used with --stream")
+    if command.stream and (command.keep_all or command.json):
+        option = "--keep-all" if command.keep_all else "--json"
+        raise ValueError(f"{option} needs the whole music; leave out {option} or --stream")
+    for name, limit in {"temperature": 10.0, "guidance_scale": 100.0}.items():
+        if (value := getattr(command, name)) is not None and not 0 <= value <= limit:
+            raise ValueError(f"{option_name(name)} must be from 0 to {limit:g}, got {value:g}")
     if not command.stream and command.out == _STANDARD_OUTPUT:
         raise ValueError("--out - needs --stream")
     if command.out != _STANDARD_OUTPUT:
         check_file(command.out, _STREAM_SUFFIXES if command.stream else _AUDIO_SUFFIXES)
     elif sys.stdout is None or sys.stdout.isatty():
         raise ValueError("standard output is a terminal or closed; pipe the samples into a player, or name a file")
-    inputs = [command.continue_from, command.melody, command.story, *map(Path, mixed)]
+    inputs = [command.continue_from, command.melody, command.story, command.prompts, *map(Path, mixed)]
     check_apart(command.out, inputs)
     if command.plot is not None:
         from musiclm_pytorch.evaluation.plots import PICTURE_SUFFIXES, require_matplotlib

@@ -24,6 +24,7 @@ logger = logger_named(__name__)
 # Words are letters alone; single letters do not count.
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _WORDS_IN_WARNING = 8
+_NEGATIONS = frozenset(("no", "not", "without", "never", "except"))
 
 
 class TextTower(SavedModule, ABC):
@@ -59,8 +60,8 @@ class TextTransformer(TextTower):
         num_tokens: Size of the embedding table; at least the tokenizer's vocabulary.
         max_seq_len: Number of tokens to which longer texts are truncated with a warning.
         tokenizer: Byte-pair tokenizer; None = single bytes (256 tokens, not trained).
-        known_words: Words of the training captions (see `words_of`), used in eval mode for a warning about texts with
-            mostly unknown words; None = no warning.
+        known_words: Words of the training captions (see `words_of`), used in eval mode for a warning about other
+            words in texts; None = no warning.
     """
 
     @typed
@@ -120,19 +121,21 @@ class TextTransformer(TextTower):
         return pooled_layers(self.encoder, self.embedding(ids.clamp(min=0)), ids >= 0, layers)
 
     def _report_unknown_words(self, texts: Sequence[str]) -> None:
-        """Log one warning for each text if most of its words are not in the training captions."""
+        """Log one warning for each text with words that are not in the training captions, or with a negation."""
         known = frozenset(self.known_words or ())
         for text in texts:
-            words = list(dict.fromkeys(_words(text)))
-            unknown = [word for word in words if word not in known]
-            if 2 * len(unknown) <= len(words) or text in self._reported:
-                continue
-            self._reported.add(text)
-            shown = ", ".join(unknown[:_WORDS_IN_WARNING]) + (", ..." if len(unknown) > _WORDS_IN_WARNING else "")
-            logger.warning(
-                "%d of the %d words of %r are not in the training captions, so the music may not match them: %s",
-                *(len(unknown), len(words), text, shown),
-            )
+            words = dict.fromkeys(_words(text))
+            unknown = [word for word in words if word not in known | self._reported]
+            negations = [word for word in words if word in _NEGATIONS - self._reported]
+            self._reported.update(unknown, negations)
+            if unknown:
+                shown = ", ".join(unknown[:_WORDS_IN_WARNING]) + (", ..." if len(unknown) > _WORDS_IN_WARNING else "")
+                logger.warning("not in the training captions, so the music may not match: %s (in %r)", shown, text)
+            if negations:
+                logger.warning(
+                    "the embedding of a text hardly depends on %r; use a negative text (--negative) instead (in %r)",
+                    *(negations[0], text),
+                )
 
 
 @typed

@@ -19,7 +19,7 @@ from tests.helpers.micro import write_clips
 
 SHORT = ("--seconds", "0.5", "--num-samples", "2")
 every_suffix = pytest.mark.parametrize(
-    "suffix", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("wav", "ogg")), "flac"]
+    "suffix", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("wav", "ogg")), "flac", "mp3"]
 )
 
 
@@ -95,6 +95,30 @@ def test_a_file_knows_its_text_and_seed(musiclm_command, model, tmp_path, suffix
     words = ("generate", request["text"], *words, again, "--num-samples", 1, "--seed", request["seed"])
     assert musiclm_command(*words) == 0
     assert abs(soundfile.read(out)[0] - soundfile.read(again)[0]).max() < 1e-3
+
+
+@pytest.mark.slow
+def test_all_candidates_of_a_file_of_texts(musiclm_command, model, tmp_path, capsys):
+    """--prompts, --keep-all and --json: every piece is the one of its text alone, and every candidate has its seed."""
+    (tmp_path / "texts.txt").write_text("# a comment\na tone\n\na low tone\n")
+    words = ("--model", model, *SHORT, "--seed", 3, "--temperature", 0.8, "--guidance-scale", 2)
+    out = ("--out", tmp_path / "tune.wav", "--plot", tmp_path / "tune.png")
+    assert musiclm_command("generate", "--prompts", tmp_path / "texts.txt", *words, *out, "--keep-all", "--json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["text"] for row in rows] == ["a tone", "a low tone"]
+    names = {path.name for path in tmp_path.glob("tune*")}
+    for number, row in enumerate(rows, start=1):
+        scores = {candidate["seed"]: candidate["similarity"] for candidate in row["candidates"]}
+        assert list(scores) == [3, 4] and scores[row["seed"]] == max(scores.values())
+        assert (row["seconds"], row["sample_hz"], row["file"]) == (0.5, 16000, str(tmp_path / f"tune-{number}.wav"))
+        names -= {f"tune-{number}.wav", f"tune-{number}.png", f"tune-{number}-seed{7 - row['seed']}.wav"}
+    assert names == set()
+    assert musiclm_command("generate", "a low tone", *words, "--out", tmp_path / "alone.wav") == 0
+    alone, second = (soundfile.read(tmp_path / name)[0] for name in ("alone.wav", "tune-2.wav"))
+    assert (alone == second).all()
+    cold = ("--temperature", 0, "--out", tmp_path / "cold.wav")
+    assert musiclm_command("generate", "a low tone", *words, *cold) == 0
+    assert (soundfile.read(tmp_path / "cold.wav")[0] != alone).any()
 
 
 def test_long_and_foreign_texts_are_accepted(musiclm_command, model, tmp_path, caplog):
@@ -357,8 +381,16 @@ another run | train all --data DATA --out RUN | RUN contains a run with other se
 no model | generate x --model nobody --out TMP/x.wav | there is no folder nobody; pass .*bundled model: .*tiny
 run without model | generate x --model EMPTY --out TMP/x.wav | EMPTY contains no complete MusicLM
 model in part | generate x --model MODEL --out TMP/x.wav | MODEL lacks coarse/model.safetensors; copy
-text and story | generate x --story DATA/00.wav --out TMP/x.wav | got the text 'x' and --story .*00.wav; pass only one
+text and story | generate x --story DATA/00.wav --out TMP/x.wav | got the text and --story; pass only one
 no story | generate --story TMP/none.txt --out TMP/x.wav | cannot read the story TMP/none.txt
+prompts and text | generate x --prompts JUNK/noise.wav --out TMP/x.wav | got the text and --prompts; pass only one
+no prompts | generate --prompts TMP/none.txt --out TMP/x.wav | cannot read the prompts TMP/none.txt
+prompts to standard output | generate --prompts LINES --stream --out - | --prompts writes several files
+temperature below 0 | generate x --temperature -1 --out TMP/x.wav | --temperature must be from 0 to 10, got -1
+temperature nan | generate x --temperature nan --out TMP/x.wav | --temperature must be from 0 to 10, got nan
+guidance inf | generate x --guidance-scale inf --out TMP/x.wav | --guidance-scale must be from 0 to 100, got inf
+all of a stream | generate x --keep-all --stream --out TMP/x.wav | --keep-all needs the whole music
+json of a stream | generate x --json --stream --out TMP/x.wav | --json needs the whole music
 story of noise | generate --story JUNK/noise.wav --out TMP/x.wav | noise.wav
 empty text | generate '' --out TMP/x.wav | text is empty; describe the music
 empty input | codec encode '' --out TMP/codes | value after encode is empty, perhaps from an unset variable
@@ -397,6 +429,8 @@ def places(micro_run, micro_data, tmp_path):
         found[name].mkdir()
     (found["JUNK"] / "noise.wav").write_bytes(b"\x00" * 50)
     (found["TMP"] / "folder.wav").mkdir()
+    found["LINES"] = found["JUNK"] / "lines.txt"
+    found["LINES"].write_text("a tone\n")
     shutil.copytree(micro_run / "model", found["MODEL"])
     (found["MODEL"] / "coarse" / "model.safetensors").unlink()
     found["BARE"] = write_clips(tmp_path / "bare", 3, captions=False)

@@ -207,7 +207,7 @@ no codes | decode TONE --out TMP/a.wav --codec CODEC | tone.wav is not a readabl
 weights | decode CODEC/model.safetensors --out TMP/a.wav --codec CODEC | is not a file of codes
 codes of another | decode CODES --out TMP/a.wav --codec OTHER |
     are from the codec SoundStream .*decode with the codec that encoded the sound
-decode suffix | decode CODES --out TMP/a.mp3 --codec CODEC | a.mp3: name a file that ends in .wav, .flac
+decode suffix | decode CODES --out TMP/a.m4a --codec CODEC | a.m4a: name a file that ends in .wav, .flac
 folder suffix | decode FOLDER --out TMP/out --suffix mp3 | --suffix must be one of .wav, .flac, .ogg
 decode in place | decode FOLDER --out FOLDER --codec CODEC | is the input folder, .*use another --out
 evaluate levels | evaluate TONE --codec CODEC --levels 9 | 1..3, got 9
