@@ -183,8 +183,7 @@ class AudioLM(SharedModel):
     def generate(self, request: GenerationRequest) -> GeneratedAudio:
         """Generate audio and its tokens for all items in one batch.
 
-        Raises:
-            ValueError: If inputs are not valid for the model, or a prompt is longer than the requested seconds.
+        Inputs that are not valid for the model, and a prompt longer than the requested seconds, raise a ValueError.
         """
         bars, lengths = ProgressBars(), self._lengths(request)
         try:
@@ -209,10 +208,7 @@ class AudioLM(SharedModel):
         Returns:
             An iterator of chunks. `GeneratedAudio.concatenate` of all chunks equals the result of `generate`. A chunk
             can contain semantic tokens of later audio, because the coarse stage needs all semantic tokens of its
-            window.
-
-        Raises:
-            ValueError: If the codec has no `decoder_stream`, or for the reasons listed in `generate`.
+            window. A codec without `decoder_stream` raises a ValueError.
         """
         codec = self.codec
         check_durations(chunk_seconds=chunk_seconds)

@@ -164,6 +164,7 @@ class MusicLM(SharedModel):
 
         A candidate depends only on its text and its seed, not on the other candidates. `GenerationRequest`
         documents the arguments that are not listed below; their tensors have 1 item for all texts, or 1 item per text.
+        Empty texts, numbers out of range, and inputs with a wrong number of items raise a ValueError.
 
         Args:
             text: A text, a `Mixture`, or a story, a list of pairs of a start in seconds and a text or `Mixture`; or a
@@ -185,9 +186,6 @@ class MusicLM(SharedModel):
         Returns:
             The best candidate of each text, `[prompts, n]` float32 (prompts = 1 for a str; `[prompts, c, n]` for a
             codec of several channels) at `sample_hz`, with peaks below 1; `Candidates` if `return_all` is set.
-
-        Raises:
-            ValueError: If a text is empty, a number is out of range, or an input has a wrong number of items.
         """
         prompts = prompts_of(text)
         candidate_seeds = seeds_of_candidates(num_samples, seed, seeds)
@@ -249,16 +247,14 @@ class MusicLM(SharedModel):
         begins with the first part of the best candidate. Before the second chunk, the best candidate is decoded again
         from its beginning. From one seed, `stream` and `forward` generate equal tokens. Samples can exceed 1, because
         chunks are returned before the peak of the whole wave is known, while `forward` scales the whole wave. Memory
-        does not grow with `seconds`. `forward` documents the arguments that are not listed below.
+        does not grow with `seconds`. `forward` documents the arguments that are not listed below. A codec without
+        `decoder_stream` raises a ValueError.
 
         Args:
             num_samples: Number of candidates per text. A single candidate starts soonest, because it is not ranked.
             chunk_seconds: Minimum duration of a chunk, see `AudioLM.stream`.
             rank_seconds: Duration of the part of a candidate that is ranked, counted from the end of the audio prompt;
                 the codec's look-ahead shortens it. MuLaN ranks longer parts more reliably.
-
-        Raises:
-            ValueError: If the codec has no `decoder_stream`, or for the reasons listed in `forward`.
         """
         prompts = prompts_of(text)
         candidate_seeds = seeds_of_candidates(num_samples, seed, seeds)

@@ -1,4 +1,4 @@
-"""Every python block of the README and of the guides runs; links and figures are right."""
+"""The README is short, its figures are right, and the names in the guide for users of other libraries exist."""
 
 import inspect
 import math
@@ -16,13 +16,6 @@ from musiclm_pytorch import MusicLM
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 GUIDES = ROOT / "musiclm_pytorch" / "guides"
-PAGES = [README, *sorted(ROOT.glob("*_pytorch/**/*.md"))]
-BLOCKS = [
-    pytest.param(page, block, id=f"{page.relative_to(ROOT)}-{n}")
-    for page in PAGES
-    for n, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL))
-]
-REPOSITORY = "https://github.com/musiclm-pytorch/musiclm-pytorch/blob/main/"
 
 
 def test_names_for_users_of_other_libraries_exist():
@@ -40,32 +33,9 @@ def test_names_for_users_of_other_libraries_exist():
         assert set(re.findall(r"(\w+)=", arguments)) <= known, name
 
 
-def test_pages_have_blocks():
-    """Without blocks the test below would pass without running anything."""
-    assert len(BLOCKS) >= 12 and sum(block.values[0] == README for block in BLOCKS) >= 6
-
-
 def test_readme_is_short():
     """A newcomer reads it in a few minutes; longer texts are beside the code that they explain."""
     assert len(README.read_text(encoding="utf-8").splitlines()) < 150
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("page", "block"), BLOCKS)
-def test_block_runs(page, block, tmp_path, monkeypatch):
-    """A block that a newcomer pastes into a file works as it is."""
-    monkeypatch.chdir(tmp_path)
-    exec(compile(block, str(page), "exec"), {})
-
-
-@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
-def test_links_exist(page):
-    """Links lead to files; those of the README are absolute, since PyPI shows it without the repository."""
-    for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
-        if link.startswith(REPOSITORY):
-            assert (ROOT / link.removeprefix(REPOSITORY)).exists(), link
-        elif not link.startswith("http"):
-            assert page != README and (page.parent / link.partition("#")[0]).exists(), link
 
 
 @pytest.mark.slow

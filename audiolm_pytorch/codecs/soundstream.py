@@ -60,7 +60,8 @@ class SoundStream(StreamingCodec):
         attn_window_size: Number of frames to which a frame attends in local attention, including itself.
         attn_depth: Number of local attention layers after the encoder convolutions and before the decoder convolutions;
             the paper has no attention.
-        encoder, decoder: Networks that replace the default networks, which `channels`, `strides` and `attn_...` define.
+        encoder: Network that replaces the default encoder, which `channels`, `strides` and `attn_...` define.
+        decoder: Network that replaces the default decoder, which the same arguments define.
         quantizer: Quantizer that replaces the default quantizer, which `codebook_size` and `rq_...` define.
         denoising: FiLM layer before quantization that turns denoising on or off; None if the codec cannot denoise.
     """

@@ -65,14 +65,13 @@ class SharedModel(nn.Module):
     ) -> Shared:
         """Load a model of this class, or of a subclass, in eval mode; the random generators do not change.
 
+        A missing model, and a file that is missing, truncated or edited, raise a ValueError.
+
         Args:
             source: A folder, the name of a bundled model, or a hub id (owner/name).
             offline: Whether to look up a hub id in the local cache only, without the network.
             revision: Branch, tag or commit of a model on the hub.
             allow_noncommercial: Whether to load weights whose card has a non-commercial licence.
-
-        Raises:
-            ValueError: If there is no such model, or a file is missing, truncated or was edited.
         """
         device = usable_device(device)
         hub: dict[str, Any] = {"offline": offline, "revision": revision, "cache_dir": cache_dir}

@@ -75,9 +75,8 @@ class TrainLoop:
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
         """Train to the end of the run, or for at most `stop_after_steps` steps, then write a checkpoint.
 
-        Raises:
-            ValueError: If the folder contains a run with other settings; the message lists the differences.
-            RuntimeError: If the loss or its gradients are not finite in 10 steps in a row.
+        A folder with a run of other settings raises a ValueError that lists the differences. A loss or gradients that
+        are not finite in 10 steps in a row raise a RuntimeError.
         """
         _check_stop_after(stop_after_steps)
         with self._claimed_folder(), preserve_rng():

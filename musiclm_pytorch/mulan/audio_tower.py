@@ -40,7 +40,8 @@ class AudioSpectrogramTransformer(SavedModule):
         spec_hop_length: Samples from one frame to the next; None = 2/5 of the window, which is 10 ms for 25 ms.
         spec_aug_stretch_factor: In training, the speed of each clip is drawn between this factor and its inverse;
             1 = off, which is needed if captions distinguish fast and slow music.
-        spec_aug_freq_mask, spec_aug_time_mask: In training, up to this fraction of bins or frames is masked; 0 = off.
+        spec_aug_freq_mask: In training, up to this fraction of frequency bins is masked; 0 = off.
+        spec_aug_time_mask: In training, up to this fraction of frames is masked; 0 = off.
         patch_dropout: Fraction of patches that are left out in training, which saves time (arXiv:2212.00794).
         position_waves: Number of waves per head in the attention bias (`WavePositionBias`); 0 = no bias.
     """

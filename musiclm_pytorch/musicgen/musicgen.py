@@ -332,9 +332,7 @@ class MusicGen(SharedModel):
 
         All chunks together have the tokens of `generate`, and its waves up to rounding errors. Memory does not grow
         with `seconds`. A chunk has at least `chunk_seconds` more music; the codec's look-ahead delays the first chunk.
-
-        Raises:
-            ValueError: If the codec has no `decoder_stream`, or for the reasons listed in `generate`.
+        A codec without `decoder_stream` raises a ValueError.
         """
         request = MusicRequest.of(locals())
         check_durations(chunk_seconds=chunk_seconds)

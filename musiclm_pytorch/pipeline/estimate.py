@@ -168,7 +168,8 @@ class _Probe:
         if self.assumed is None or not isinstance(config, TransformerConfig):
             return self._training(step, config)
         # parameters, operations and memory grow linearly with the depth, so that no large model is built
-        one, two = (self._training(step, replace(config, depth=depth)) for depth in (1, 2))
+        layer = {"layer": 1} if hasattr(config, "layer") else {}  # of the clusters, which is not deeper than the model
+        one, two = (self._training(step, replace(config, depth=depth, **layer)) for depth in (1, 2))
         return extrapolated(one, two, config.depth)
 
     def _training(self, step: str, config: Any) -> StepEstimate:

@@ -57,10 +57,8 @@ def save_parts(
 
     The JSON-able entries of `about` are added to `musiclm.json`. Weights are stored as `dtype` (None keeps their
     types), except in a part that `dtype` would round although other parts store its fingerprint. `bundled` has the
-    names of bundled modules, for parts that are not written.
-
-    Raises:
-        ValueError: If the model could not be loaded, since a part has changed after the stages were trained with it.
+    names of bundled modules, for parts that are not written. A part that has changed after the stages were trained with
+    it raises a ValueError, since the model could not be loaded.
     """
     stages = {name: part for name, part in parts.items() if isinstance(part, StageTransformer)}
     modules: list[Any] = [parts.get(name) for name in ("semantic_tokenizer", "codec", "quantizer", "text_conditioner")]

@@ -104,6 +104,8 @@ def make_corpus(
 ) -> Path:
     """Compose and render the clips of the corpus, and write the audio files and manifests.
 
+    If FluidSynth, a soundfont or the recorded samples are missing, a RuntimeError is raised.
+
     Args:
         out: Folder for `clips/*.ogg` (Vorbis, 24 kHz, mono), `train.jsonl`, `valid.jsonl` and `recipe.json`; a call
             with equal arguments completes an interrupted corpus.
@@ -119,9 +121,6 @@ def make_corpus(
 
     Returns:
         The folder of the corpus.
-
-    Raises:
-        RuntimeError: If FluidSynth, a soundfont or the recorded samples are missing.
     """
     if num_train < 1 or num_valid < 1:
         raise ValueError(f"num_train and num_valid must be at least 1, got {num_train=} and {num_valid=}")

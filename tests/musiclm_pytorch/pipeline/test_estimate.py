@@ -104,11 +104,16 @@ def test_memory_epochs_and_chance(micro_data: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_estimates_of_a_device_grow_with_the_depth(micro_data: Path, tmp_path: Path) -> None:
     """Estimates from models of one and two layers are those from the whole model."""
-    preset = replace(MICRO, mulan=replace(MICRO.mulan, depth=5), coarse=replace(MICRO.coarse, depth=5))
-    for step in ("mulan", "coarse"):
+    preset = replace(
+        MICRO,
+        semantic_tokenizer=replace(MICRO.semantic_tokenizer, depth=5, layer=3),
+        mulan=replace(MICRO.mulan, depth=5),
+        coarse=replace(MICRO.coarse, depth=5),
+    )
+    for step in ("semantic-tokenizer", "mulan", "coarse"):
         pipeline = Pipeline(preset, data=micro_data, out=tmp_path / "run")
         [row] = estimate_steps(pipeline, step, "h100")
-        whole = vars(_Probe(pipeline, "h100")._training(step, getattr(preset, step)))
+        whole = vars(_Probe(pipeline, "h100")._training(step, getattr(preset, step.replace("-", "_"))))
         for name, value in vars(row).items():
             assert value == (pytest.approx(whole[name], rel=0.01) if name != "step" else step), name
 
