@@ -168,7 +168,7 @@ class _Probe:
         if self.assumed is None or not isinstance(config, TransformerConfig):
             return self._training(step, config)
         # parameters, operations and memory grow linearly with the depth, so that no large model is built
-        layer = {"layer": 1} if hasattr(config, "layer") else {}  # of the clusters, which is not deeper than the model
+        layer: dict[str, Any] = {"layer": 1} if hasattr(config, "layer") else {}  # that is clustered: within the depth
         one, two = (self._training(step, replace(config, depth=depth, **layer)) for depth in (1, 2))
         return extrapolated(one, two, config.depth)
 
