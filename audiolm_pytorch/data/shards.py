@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,7 @@ _DTYPES = ("int16", "int32", "float16", "float32", "float64")
 _FLOAT_TYPES = (np.float16, np.float32)
 # Two maps per field stay open for every chunk in use; the usual limit is 1,024 open files per process.
 _MAX_OPEN_CHUNKS = 64
+_WAIT_SECONDS = 0.1
 
 Record = dict[str, np.ndarray]
 
@@ -53,11 +55,13 @@ def write_shards(
     num_records: int,
     fingerprint: dict[str, Any],
     records_per_chunk: int = 256,
+    while_waiting: Callable[[], object] = lambda: None,
 ) -> int:
     """Compute the records of a corpus and store them in chunks; return the number of chunks that this call computed.
 
     Complete chunks are not computed again. Any number of processes may write to the same folder; each of them takes the
-    next chunk that no process is computing. When all chunks are complete, a process writes the file `index.json`.
+    next chunk that no process is computing. The call returns when all chunks are complete; it computes the chunk of
+    another process if that process ends.
 
     Args:
         make_record: Function that returns record number `i` as a dict of arrays. All records need the same field names;
@@ -65,6 +69,7 @@ def write_shards(
             and floats as float16 or float32; only a float64 array without dimensions (a scalar) remains float64.
         fingerprint: JSON-compatible description of the records; another fingerprint in `folder` is an error.
         records_per_chunk: Number of records per chunk; an interrupted process loses at most one chunk.
+        while_waiting: Function that is called several times a second while other processes compute the last chunks.
     """
     if min(num_records, records_per_chunk) < 1:
         raise ValueError(
@@ -86,20 +91,26 @@ def write_shards(
         write_json(folder / _PLAN_NAME, plan, sealed=True)
     chunks = [folder / f"chunk-{number:05d}" for number in range(-(-num_records // records_per_chunk))]
     num_computed = 0
+    if (folder / _INDEX_NAME).is_file() and all(chunk.is_dir() for chunk in chunks):
+        return 0
     with claims(folder) as claim:
-        for number, chunk in enumerate(chunks):
-            # another process may complete the chunk before the claim
-            if not chunk.is_dir() and claim(number) and not chunk.is_dir():
-                for partial in folder.glob(f".{chunk.name}.*.partial"):  # of processes that were killed
-                    shutil.rmtree(partial, ignore_errors=True)
-                first = number * records_per_chunk
-                last = min(first + records_per_chunk, num_records)
-                _write_chunk(chunk, [_storable(make_record(i), i) for i in range(first, last)], first)
-                num_computed += 1
-    if all(chunk.is_dir() for chunk in chunks):
-        digests = [digest_of_file(chunk / _FIELDS_NAME) for chunk in chunks]
-        write_json(folder / _INDEX_NAME, {**plan, "fields": _joint_fields(chunks), "chunks": digests}, sealed=True)
-        (folder / LOCK_FILE).unlink(missing_ok=True)
+        while missing := [number for number, chunk in enumerate(chunks) if not chunk.is_dir()]:
+            for number in missing:
+                chunk = chunks[number]
+                # another process may complete the chunk before the claim
+                if claim(number) and not chunk.is_dir():
+                    for partial in folder.glob(f".{chunk.name}.*.partial"):  # of processes that were killed
+                        shutil.rmtree(partial, ignore_errors=True)
+                    first = number * records_per_chunk
+                    last = min(first + records_per_chunk, num_records)
+                    _write_chunk(chunk, [_storable(make_record(i), i) for i in range(first, last)], first)
+                    num_computed += 1
+            if not all(chunk.is_dir() for chunk in chunks):
+                while_waiting()
+                time.sleep(_WAIT_SECONDS)
+    digests = [digest_of_file(chunk / _FIELDS_NAME) for chunk in chunks]
+    write_json(folder / _INDEX_NAME, {**plan, "fields": _joint_fields(chunks), "chunks": digests}, sealed=True)
+    (folder / LOCK_FILE).unlink(missing_ok=True)
     return num_computed
 
 

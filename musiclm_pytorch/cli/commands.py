@@ -23,6 +23,7 @@ COMMANDS = {
     "train": ("train", "Train", "train all models on a folder of audio, or one of them"),
     "train musicgen": ("musicgen", "TrainMusicGen", "train or fine-tune a MusicGen"),
     "train kmeans": ("kmeans", "TrainKmeans", "train a semantic tokenizer on a layer of any encoder"),
+    "tokenize": ("tokenize", "Tokenize", "compute the tokens of a data set once, with many processes"),
     "plot": ("plot", "Plot", "draw loss curves of runs"),
     "export": ("export", "Export", "write the model of a run for inference"),
     "evaluate music": ("evaluate", "EvaluateMusic", "measure generated music"),

@@ -3,19 +3,21 @@
 import shlex
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from audiolm_pytorch.saving.text import printable
 from musiclm_pytorch.cli.checks import check_at_least
+from musiclm_pytorch.cli.parts import PartOptions
 from musiclm_pytorch.cli.settings import PresetOptions, print_settings
 
 __all__ = ["Train"]
 
 
 @dataclass(frozen=True)
-class Train(PresetOptions):
+class Train(PresetOptions, PartOptions):
     """Run one step of the training pipeline, or all steps in order.
 
     To continue an interrupted training, run the same command again. To train a semantic tokenizer on a layer of any
@@ -32,12 +34,9 @@ class Train(PresetOptions):
     (notes) in the manifest."""
     seed: int = 0
     """Seed of initial weights, data order and noise."""
-    codec: str | None = None
-    """Use this codec instead of training one: codec_16khz (bundled), a folder, or a hub id."""
-    semantic_tokenizer: str | None = None
-    """Use this semantic tokenizer instead of training one: semantic_16khz (bundled), a folder, or a hub id."""
-    mulan: str | None = None
-    """Use this MuLaN or CLAP instead of training one: tiny (bundled), a folder, or a hub id."""
+    tokens: Path | None = None
+    """Folder of tokens that musiclm tokenize has computed with the same data and parts, instead of OUT/tokens. Missing
+    tokens are computed."""
     allow_changed: tuple[str, ...] = ()
     """Names of settings that may differ from those of the interrupted run, such as batch_size or num_train_steps."""
     dry_run: bool = False
@@ -68,7 +67,7 @@ class Train(PresetOptions):
             return 0
         check_at_least(self, num_workers=0)
         data, out = self.folders()
-        parts = _pretrained_parts(self)
+        parts = self.pretrained_parts()
         # without trackers, the pipeline creates an Accelerator when it needs one
         accelerator = create_accelerator(self.track, out / "trackers") if self.track else None
         pipeline = Pipeline(
@@ -80,6 +79,7 @@ class Train(PresetOptions):
             pretrained=parts,
             allow_changed=self.allow_changed,
             num_workers=self.num_workers,
+            tokens_folder=self.tokens,
         )
         if self.dry_run or self.dry_run_device is not None:
             from musiclm_pytorch.pipeline.estimate import estimate
@@ -99,21 +99,6 @@ class Train(PresetOptions):
             line = f'model in {pipeline.model_folder}; try: musiclm generate "a slow waltz" --model {folder}'
             print(printable(line))
         return 0
-
-
-def _pretrained_parts(command: Train) -> dict[str, Any]:
-    from audiolm_pytorch.codecs.base import Codec
-    from audiolm_pytorch.semantic.base import SemanticTokenizer
-    from musiclm_pytorch.mulan.joint import JointEmbedding
-
-    parts: dict[str, Any] = {}
-    if command.codec is not None:
-        parts["codec"] = Codec.from_pretrained(**command.source_of(command.codec))
-    if command.semantic_tokenizer is not None:
-        parts["semantic-tokenizer"] = SemanticTokenizer.from_pretrained(**command.source_of(command.semantic_tokenizer))
-    if command.mulan is not None:
-        parts["mulan"] = JointEmbedding.from_pretrained(**command.source_of(command.mulan))
-    return parts
 
 
 def _announce(step: str) -> None:

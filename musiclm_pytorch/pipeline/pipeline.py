@@ -41,7 +41,7 @@ from musiclm_pytorch.pipeline.presets import Preset
 from musiclm_pytorch.pipeline.pretrained_parts import PRETRAINED_KINDS, check_pretrained
 from musiclm_pytorch.pipeline.samples import MAX_SAMPLE_SECONDS, write_samples
 from musiclm_pytorch.pipeline.steps import ALL_STEPS, MELODY_STEPS, STEPS, StepReport, check_step
-from musiclm_pytorch.pipeline.token_shards import compute_melodies, compute_tokens
+from musiclm_pytorch.pipeline.token_shards import MIN_SECONDS, compute_melodies, compute_token_split
 from musiclm_pytorch.pipeline.trainers import (
     codec_trainer,
     melody_trainer,
@@ -68,9 +68,9 @@ class Pipeline:
     """Training pipeline, which runs all steps for one folder of audio and writes the results to one output folder.
 
     Only the methods `run` and `assemble` write files. Each step writes its result to `OUT/<step>/model`, but the step
-    `tokens` writes to `OUT/tokens`. The method `assemble` writes the whole model to `OUT/model`. When the result of a
-    step is complete, its checkpoints are removed, so that weights are not stored several times. `OUT/samples` contains
-    music of the whole model.
+    `tokens` writes to `tokens_folder`. The method `assemble` writes the whole model to `OUT/model`. When the result of
+    a step is complete, its checkpoints are removed, so that weights are not stored several times. `OUT/samples`
+    contains music of the whole model.
 
     Args:
         data: Folder of audio files, or a folder or file with a JSONL manifest.
@@ -79,6 +79,7 @@ class Pipeline:
         allow_changed: Names of settings in `run.json` or of trainers that may differ from those of an interrupted run.
             Unfinished steps continue with the new settings; finished steps are not repeated.
         num_workers: Worker processes that load batches, see `LoopSettings`. The results do not depend on it.
+        tokens_folder: Folder of the tokens, which several runs may share; None = `OUT/tokens`.
     """
 
     @typed
@@ -93,8 +94,10 @@ class Pipeline:
         pretrained: Mapping[str, nn.Module] | None = None,
         allow_changed: Sequence[str] = (),
         num_workers: int = 0,
+        tokens_folder: str | Path | None = None,
     ) -> None:
         self.preset, self.data, self.out, self.seed = preset, Path(data), Path(out), seed
+        self.tokens_folder = self.out / "tokens" if tokens_folder is None else Path(tokens_folder)
         for name, value in (("seed", seed), ("num_workers", num_workers)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -102,7 +105,7 @@ class Pipeline:
         self.pretrained = dict(pretrained or {})
         check_pretrained(preset, self.pretrained)
         channels = getattr(self.pretrained.get("codec"), "channels", 1)
-        self.items = training_items(self.data, None, min_seconds=1.0, channels=channels)
+        self.items = training_items(self.data, None, min_seconds=MIN_SECONDS, channels=channels)
         self.train_items, self.valid_items = self.items
         self._accelerator = accelerator
         self.allow_changed, self.num_workers = tuple(allow_changed), num_workers
@@ -143,7 +146,7 @@ class Pipeline:
     def _files(self, step: str) -> list[Path]:
         """List the files whose contents identify the result of a step."""
         if step == "tokens":
-            return [self.out / step / part / "index.json" for part in ("train", "valid")]
+            return [self.tokens_folder / part / "index.json" for part in ("train", "valid")]
         return [self.out / step / "model" / file for file in ("config.json", "model.safetensors")]
 
     @typed
@@ -158,7 +161,8 @@ class Pipeline:
         self._check_needs(names)
         with run_folder.claimed_run(self.out, self._facts(), self.accelerator, self.allow_changed):
             for name in names:
-                if self.is_done(name):
+                # tokens without a report are checked, because `musiclm tokenize` may have computed them for other data
+                if self.is_done(name) and (name != "tokens" or self._report(name)):
                     self._check_fresh(name)
                     yield StepReport(name, float(self._report(name).get("seconds", 0.0)), "done before")
                     continue
@@ -210,6 +214,7 @@ class Pipeline:
         seconds = time.monotonic() - started + metrics.pop("earlier_seconds", 0.0)
         if self.accelerator.is_main_process:
             report = {"seconds": seconds, "metrics": metrics, "made_from": self._hashes(ALL_STEPS[step])}
+            (self.out / step).mkdir(exist_ok=True)
             write_json(self.out / step / "report.json", report, sealed=True)
             for name in (*_TRAINING_FILES, step.removeprefix("melody-")):
                 shutil.rmtree(self.out / step / name, ignore_errors=True)
@@ -332,13 +337,7 @@ class Pipeline:
             "semantic_tokenizer": self._load("semantic-tokenizer", SemanticTokenizer),
             "mulan": self._load("mulan", JointEmbedding),
         }
-        train, valid = (
-            compute_tokens(
-                self.out / "tokens" / part, items, **models, origin={"part": part}, accelerator=self.accelerator
-            )
-            for part, items in (("train", self.train_items), ("valid", self.valid_items))
-        )
-        return train, valid
+        return compute_token_split(self.tokens_folder, self.items, **models, accelerator=self.accelerator)
 
     def _run_melody(self) -> dict[str, Any]:
         trainer = melody_trainer(self.preset, self.items, **self._loop("melody"))

@@ -1,6 +1,8 @@
 """Tokens, MuLaN latents and melodies of a set of audio files, computed once and stored in shards."""
 
+import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.training.stopping import stop_signals
+from audiolm_pytorch.training.tracking import ProgressLog
 from musiclm_pytorch.melody.embedder import CONDITION, MelodyEmbedder
 from musiclm_pytorch.melody.shards import MelodyShards
 from musiclm_pytorch.melody.trainer import melody_wave
@@ -30,7 +33,24 @@ from musiclm_pytorch.musicgen.chroma import ChromaConditioner
 if TYPE_CHECKING:
     import accelerate
 
-__all__ = ["compute_melodies", "compute_music_tokens", "compute_tokens"]
+__all__ = ["MIN_SECONDS", "compute_melodies", "compute_music_tokens", "compute_token_split", "compute_tokens"]
+
+# Shorter files are left out.
+MIN_SECONDS = 1.0
+
+
+@typed
+def compute_token_split(
+    folder: Path, items: tuple[Sequence[AudioItem], Sequence[AudioItem]], **models_and_accelerator: Any
+) -> tuple[TokenShards, TokenShards]:
+    """Compute the tokens of training and held-out files in `folder/train` and `folder/valid`, see `compute_tokens`."""
+    train, valid = (
+        compute_tokens(
+            folder / part, side, origin={"part": part, "items": items_digest(side)}, **models_and_accelerator
+        )
+        for part, side in zip(("train", "valid"), items)
+    )
+    return train, valid
 
 
 @typed
@@ -140,6 +160,11 @@ def compute_melodies(
     return MelodyShards(tokens, melodies, embedder, stage.layout.predicted[0].exact_hz)
 
 
+def _chunk_size(num_records: int) -> int:
+    """Return the number of records per chunk, small enough that many processes share the work."""
+    return min(256, max(16, num_records // 256))
+
+
 def _write(
     folder: Path,
     make_record: Callable[[int], dict[str, np.ndarray]],
@@ -148,12 +173,23 @@ def _write(
     accelerator: "accelerate.Accelerator",
 ) -> TokenShards:
     """Write shards; each process computes a share of the records, and a signal ends it between two records."""
+    starter, log = multiprocessing.parent_process(), None
+
+    def check(place: str) -> None:
+        request.end_if_requested(f"{place} of {num_records} in {folder}; complete chunks are kept")
+        if starter is not None and not starter.is_alive():
+            raise SystemExit(1)  # the program that started this process was killed
 
     def interruptible(index: int) -> dict[str, np.ndarray]:
-        request.end_if_requested(f"before record {index + 1} of {num_records} in {folder}; complete chunks are kept")
-        return make_record(index)
+        nonlocal log
+        check(f"before record {index + 1}")
+        log = log or ProgressLog(f"tokens in {folder}", index, num_records, accelerator.is_main_process)
+        record = make_record(index)
+        log.update(index + 1, {})
+        return record
 
     with stop_signals() as request:
-        write_shards(folder, interruptible, num_records, fingerprint)
+        wait = partial(check, "while other processes computed the last records")
+        write_shards(folder, interruptible, num_records, fingerprint, _chunk_size(num_records), wait)
     accelerator.wait_for_everyone()
     return TokenShards(folder, fingerprint)

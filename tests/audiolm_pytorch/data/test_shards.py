@@ -120,9 +120,12 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
             os._exit(9)
     while not (folder / "begun").exists():
         time.sleep(0.01)
-    assert write_shards(folder, worker, 10, FINGERPRINT, records_per_chunk=2) == 4
-    assert worker.asked == list(range(2, 10)) and not (folder / "index.json").exists()
-    os.write(writer, b"12")
+
+    def waiting() -> None:
+        assert worker.asked == list(range(2, 10)) and not (folder / "index.json").exists()
+        os.write(writer, b"12")
+
+    assert write_shards(folder, worker, 10, FINGERPRINT, records_per_chunk=2, while_waiting=waiting) == 4
     assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 0
     assert all(same(TokenShards(folder)[number], make_record(number)) for number in range(10))
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
