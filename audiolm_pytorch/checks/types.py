@@ -86,6 +86,8 @@ def typed(target: Target) -> Target:
             except _WrongTypeError as error:
                 violation = str(error)
             except (RuntimeError, TypeError, OverflowError, MemoryError, _TooLargeError) as error:
+                if isinstance(error, TypeError):
+                    _refuse_unknown(target, args, keywords)
                 if not is_constructor or not _is_size_error(error):
                     raise
                 _refuse_size(target, inspect.signature(target).bind_partial(*args, **keywords), error)
@@ -108,6 +110,16 @@ def unknown_argument(instance: Any, name: str, known: Iterable[str], advice: str
     known = list(known)
     advice = advice or ", ".join(get_close_matches(name, known) or known)
     return TypeError(f"{type(instance).__name__} has no argument {name!r}; use {advice}")
+
+
+def _refuse_unknown(target: Callable[..., Any], args: Sequence[Any], keywords: Mapping[str, Any]) -> None:
+    """Raise a TypeError with similar names if a keyword is no argument of a function."""
+    parameters = inspect.signature(target).parameters
+    unknown = [name for name in keywords if name not in parameters]
+    if unknown and not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+        known = [name for name in parameters if name not in ("self", "cls")]
+        advice = ", ".join(get_close_matches(unknown[0], known) or known) or "none"
+        raise TypeError(f"{_name_of(target, args)} has no argument {unknown[0]!r}; use {advice}") from None
 
 
 def _numbers(value: Any) -> Iterator[float]:

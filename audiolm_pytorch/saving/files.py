@@ -261,7 +261,10 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
 
     While a process has such a folder, it shares a lock of `folder`. Who has the lock alone removes what is left over.
     """
-    folder.resolve().mkdir(parents=True, exist_ok=True)  # also the target of a link
+    try:
+        folder.resolve().mkdir(parents=True, exist_ok=True)  # also the target of a link
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{folder} is a file, or is in a file; pass a folder") from error
     with _shared_lock(folder), tempfile.TemporaryDirectory(dir=folder, prefix=_STAGE_PREFIX) as name:
         yield Path(name)
 

@@ -119,8 +119,8 @@ def _class_of(spec: Mapping[str, Any]) -> Any:
     cls = registered_class(name) if isinstance(name, str) else None
     if cls is None:
         raise ValueError(
-            f"unknown module class {name!r:.100}; import the package that defines this class before loading "
-            f"(registered classes: {sorted(_registry)})"
+            f"unknown module class {name!r:.100}; import the package that defines this class before loading, or load "
+            "another module"
         )
     return cls
 
