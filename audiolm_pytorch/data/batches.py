@@ -30,6 +30,7 @@ class BatchPlan:
     Args:
         num_items: Number of items in the data set. If the data set is smaller than a batch, an item occurs in the batch
             several times, with different epoch numbers and therefore different crops.
+        offset: Number of items by which a run is ahead of a run that had this number of items per step from step 0.
     """
 
     num_items: int
@@ -37,6 +38,7 @@ class BatchPlan:
     seed: int
     rank: int = 0
     world_size: int = 1
+    offset: int = 0
 
     def __post_init__(self) -> None:
         if min(self.num_items, self.batch_size, self.world_size) < 1:
@@ -48,7 +50,7 @@ class BatchPlan:
         """Return the `batch_size` pairs (epoch, item index) for the batch of a step; steps count from 0."""
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
-        first = (step * self.world_size + self.rank) * self.batch_size
+        first = self.offset + (step * self.world_size + self.rank) * self.batch_size
         positions = (divmod(first + offset, self.num_items) for offset in range(self.batch_size))
         return [(epoch, int(_permutation(self.num_items, self.seed, epoch)[index])) for epoch, index in positions]
 

@@ -115,7 +115,9 @@ class StageTask:
         if text_conditioner is not None and self.trains_text:
             parts["text"] = text_conditioner
         self.module = nn.ModuleDict(parts)
-        self.phases = (Phase(transformer.namespace, (self.module,), self.loss),)
+        # a batch without captions does not call the text encoder
+        optional = () if text_conditioner is None else (text_conditioner,)
+        self.phases = (Phase(transformer.namespace, (self.module,), self.loss, optional=optional),)
         self.num_items = len(train)
         self.chance = chance_losses(transformer)
         self._has_warned = False

@@ -4,16 +4,20 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.files import read_versioned, read_weights, sync_to_disk, write_json, write_weights
 from audiolm_pytorch.saving.text import logger_named
+from audiolm_pytorch.training.sharding import is_sharded, local_part
 
 __all__ = ["Checkpoint", "CheckpointFolder"]
 
@@ -57,11 +61,41 @@ class CheckpointFolder:
     def write(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint and keep the one before; the tensors can be the parameters of a model."""
         self.recover()
+        files = self._write_tensors(checkpoint, checkpoint.tensors, ".safetensors")
+        self._complete(checkpoint, files)
+
+    def write_shards(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint of sharded tensors; every process calls this method, and writes its parts to own files.
+
+        Tensors that are not sharded, and the state, are those of the first process.
+        """
+        rank, num_processes = dist.get_rank(), dist.get_world_size()
+        if rank == 0:
+            self.recover()
+        dist.barrier()
+        own = {
+            name: {key: local_part(tensor) for key, tensor in tensors.items() if rank == 0 or is_sharded(tensor)}
+            for name, tensors in checkpoint.tensors.items()
+        }
+        files: list[Any] = [None] * num_processes
+        suffix = f".{rank:05d}-of-{num_processes:05d}.safetensors"
+        dist.all_gather_object(files, self._write_tensors(checkpoint, own, suffix))
+        if rank == 0:
+            self._complete(checkpoint, {name: digest for part in files for name, digest in part.items()})
+
+    def _write_tensors(
+        self, checkpoint: Checkpoint, parts: Mapping[str, Mapping[str, Tensor]], suffix: str
+    ) -> dict[str, str]:
+        """Write files of a new checkpoint, and return their digests by name."""
         files = {}
-        for name, tensors in sorted(checkpoint.tensors.items()):
-            file = self._new / f"{name}.safetensors"
+        for name, tensors in sorted(parts.items()):
+            file = self._new / f"{name}{suffix}"
             write_weights(file, tensors, {"step": str(checkpoint.step)})
             files[file.name] = _digest(file)
+        return files
+
+    def _complete(self, checkpoint: Checkpoint, files: dict[str, str]) -> None:
+        """Write the file that marks the new checkpoint as complete, and replace the generations."""
         state = {"format_version": _FORMAT_VERSION, "step": checkpoint.step, "files": files, "state": checkpoint.state}
         write_json(self._new / _STATE_FILE, state, sealed=True)
         if self.path.exists():
@@ -121,20 +155,27 @@ class CheckpointFolder:
         step, files, state = (content.get(name) for name in ("step", "files", "state"))
         if not (isinstance(step, int) and isinstance(files, dict) and isinstance(state, dict)):
             raise ValueError(f"{path} lacks step, files or state; restore the file")
-        tensors = {}
-        for name, digest in files.items():
+        parts: dict[str, list[dict[str, Tensor]]] = {}
+        for name, digest in sorted(files.items()):
             file = folder / Path(name).name
             if not file.is_file():
                 raise ValueError(f"there is no file {file}")
             if _digest(file) != digest:
                 raise ValueError(f"{file} has changed since it was written, its digest differs; restore the file")
-            tensors[file.stem], metadata = read_weights(file)
+            tensors, metadata = read_weights(file)
+            parts.setdefault(file.name.partition(".")[0], []).append(tensors)
             if metadata.get("step") != str(step):
                 raise ValueError(
                     f"{file} is from step {metadata.get('step')}, but {_STATE_FILE} is from step {step}; restore both "
                     "files from one checkpoint"
                 )
-        return Checkpoint(step, tensors, state)
+        return Checkpoint(step, {name: _joined(part) for name, part in parts.items()}, state)
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Join the parts that processes have written of sharded tensors; the first process has written all others."""
+    found = {name: [part[name] for part in parts if name in part] for name in parts[0]}
+    return {name: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for name, tensors in found.items()}
 
 
 def _digest(path: Path) -> str:

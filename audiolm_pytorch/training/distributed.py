@@ -4,9 +4,11 @@ import atexit
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass, replace
+from datetime import timedelta
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,10 +27,12 @@ __all__ = [
     "broadcast_tensors",
     "create_accelerator",
     "data_parallel",
+    "gradient_group",
     "map_over_processes",
     "map_tensors",
     "mean_over_processes",
     "merge_means",
+    "shared_errors",
     "to_device",
     "unaveraged_gradients",
 ]
@@ -36,10 +40,13 @@ __all__ = [
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_TRAININGS = count()
 _BUCKET_NUMEL = 2**25  # 128 MiB of float32: few collectives, and little memory beside the gradients
 
 
-def create_accelerator(track: Sequence[str] = (), folder: Path | None = None) -> "accelerate.Accelerator":
+def create_accelerator(
+    track: Sequence[str] = (), folder: Path | None = None, timeout_seconds: float = 1800.0
+) -> "accelerate.Accelerator":
     """Create an Accelerator for a training loop, with a process group that stays open until the process ends.
 
     The process group stays open because a second training in the same process needs the group again. Processes on a
@@ -48,13 +55,17 @@ def create_accelerator(track: Sequence[str] = (), folder: Path | None = None) ->
     Args:
         track: Names of accelerate's trackers, such as "tensorboard", which training loops start and end.
         folder: Folder of the files of trackers.
+        timeout_seconds: How long a process waits for the other processes before it raises an error.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
+    if timeout_seconds <= 0:
+        raise ValueError(f"timeout_seconds must be above 0, got {timeout_seconds}")
     check_trackers(track)
 
     on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=on_cpu, log_with=list(track) or None, project_dir=folder)
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds))
+    accelerator = Accelerator(cpu=on_cpu, log_with=list(track) or None, project_dir=folder, kwargs_handlers=[timeout])
     if accelerator.num_processes > 1:
         atexit.register(accelerator.end_training)
     return accelerator
@@ -102,10 +113,15 @@ def data_parallel(module: nn.Module, accelerator: "accelerate.Accelerator") -> n
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
             module,
-            process_group=_gradient_group(dist.group.WORLD),
+            process_group=gradient_group(),
             find_unused_parameters=True,
             broadcast_buffers=False,
         )
+
+
+def gradient_group() -> Any:
+    """Return the process group of all gradients."""
+    return _gradient_group(dist.group.WORLD)
 
 
 @cache
@@ -117,6 +133,30 @@ def _gradient_group(world: Any) -> Any:
 def unaveraged_gradients(module: nn.Module) -> AbstractContextManager[None]:
     """Return a context in which a module of `data_parallel` accumulates gradients without averaging."""
     return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+@contextmanager
+def shared_errors(accelerator: "accelerate.Accelerator") -> Iterator[None]:
+    """Raise the first error of any process in a `with` statement on all processes.
+
+    When a process fails, operations of the others with it fail too, at the latest after the timeout of the process
+    group. Their errors are replaced by one with the message of the first process that failed.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    key = f"first error of training {next(_TRAININGS)}"
+    try:
+        yield
+    except Exception as error:  # of any kind: data sets and losses are code of the user
+        own = f"process {accelerator.process_index} failed: {type(error).__name__}: {error}"
+        try:
+            first = dist.distributed_c10d._get_default_store().compare_set(key, "", own).decode()
+        except RuntimeError:  # the process that keeps the store has ended
+            first = own
+        if first != own:
+            raise RuntimeError(first) from error
+        raise
 
 
 def mean_over_processes(accelerator: "accelerate.Accelerator", value: Tensor) -> Tensor:
@@ -133,23 +173,23 @@ def map_over_processes(function: Callable[[Item], Result], items: Sequence[Item]
     The function must not use collective operations, and returns numbers, or tensors on the CPU. An error on one process
     is an error on all of them.
     """
-    rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-    if count == 1:
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    if size == 1:
         return [function(item) for item in items]
     own: list[Result] = []
     failure: Exception | None = None
     try:
-        own = [function(item) for item in items[rank::count]]
+        own = [function(item) for item in items[rank::size]]
     except Exception as error:  # of any kind; the other processes wait for this one
         failure = error
-    shares: list[tuple[list[Result], str | None]] = [([], None)] * count
+    shares: list[tuple[list[Result], str | None]] = [([], None)] * size
     dist.all_gather_object(shares, (own, None if failure is None else f"{type(failure).__name__}: {failure}"))
     if failure is not None:
         raise failure
     for number, (_, message) in enumerate(shares):
         if message is not None:
             raise RuntimeError(f"process {number} failed: {message}")
-    return [shares[number % count][0][number // count] for number in range(len(items))]
+    return [shares[number % size][0][number // size] for number in range(len(items))]
 
 
 def broadcast_tensors(accelerator: "accelerate.Accelerator", tensors: Sequence[Tensor]) -> None:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from audiolm_pytorch.training.sharding import from_local, local_part, shard_as
+
 __all__ = ["WeightEMA"]
 
 
@@ -13,7 +15,8 @@ class WeightEMA:
     """Exponential moving average (EMA) of trained parameters, computed by ema-pytorch.
 
     The EMA covers only the trained parameters, because a copy of the module would also contain frozen weights. Buffers
-    are not averaged, because buffers that training changes are already averages.
+    are not averaged, because buffers that training changes are already averages. Of a sharded parameter, every process
+    averages its part.
 
     Args:
         decay: Weight of the previous average, from 0 to 1. In early steps, the smaller value `(1 + step) / (10 + step)`
@@ -24,8 +27,8 @@ class WeightEMA:
         from ema_pytorch import EMA
 
         self.decay = decay
-        self._names = list(parameters)
-        trained = nn.ParameterList(parameters.values())
+        self._parameters = dict(parameters)
+        trained = nn.ParameterList(local_part(parameter) for parameter in parameters.values())
         self._ema = EMA(trained, beta=decay, include_online_model=False, use_foreach=True)
 
     def update(self, step: int) -> None:
@@ -35,14 +38,15 @@ class WeightEMA:
 
     def weights(self) -> dict[str, Tensor]:
         """Return the averaged weights by parameter name; the tensors share memory with the EMA."""
-        return {name: weight.detach() for name, weight in zip(self._names, self._ema.ema_model, strict=True)}
+        pairs = zip(self._parameters.items(), self._ema.ema_model, strict=True)
+        return {name: from_local(parameter, weight.detach()) for (name, parameter), weight in pairs}
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Load averaged weights from a checkpoint; raise a ValueError if the parameter names differ."""
-        if differing := sorted(set(weights) ^ set(self._names)):
+        if differing := sorted(set(weights) ^ set(self._parameters)):
             raise ValueError(f"EMA and module need equal parameter names, but differ in {differing[:8]}")
         for name, weight in self.weights().items():
-            weight.copy_(weights[name])
+            weight.copy_(shard_as(weight, weights[name]))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.weights import load_weights
 from audiolm_pytorch.training.checkpoint import CheckpointFolder
-from audiolm_pytorch.training.distributed import create_accelerator
+from audiolm_pytorch.training.distributed import create_accelerator, shared_errors
 from audiolm_pytorch.training.run import OnRow, TrainingRun, TrainResult, check_same_run, run_config
 from audiolm_pytorch.training.run_folder import claimed_folder, read_record
 from audiolm_pytorch.training.task import LoopSettings, Phase, Task
@@ -117,9 +117,10 @@ class TrainLoop:
 
     @contextmanager
     def _claimed_folder(self) -> Iterator[None]:
-        """Claim the folder on the first process while the other processes wait."""
+        """Claim the folder on the first process while the other processes wait; errors are those of all processes."""
         accelerator = self._running_accelerator()
-        with claimed_folder(self.folder, RUN_FILES) if accelerator.is_main_process else nullcontext():
+        claim = claimed_folder(self.folder, RUN_FILES) if accelerator.is_main_process else nullcontext()
+        with shared_errors(accelerator), claim:
             accelerator.wait_for_everyone()
             yield
 
@@ -177,4 +178,4 @@ def _check_accelerator(accelerator: "accelerate.Accelerator") -> None:
             "and set LoopSettings.grad_accum_every"
         )
     if accelerator.mixed_precision == "fp16":
-        raise ValueError('the Accelerator has mixed_precision="fp16"; pass "no", and set LoopSettings.precision="bf16"')
+        raise ValueError('the Accelerator has mixed_precision="fp16"; pass "no", and set LoopSettings.precision="fp16"')

@@ -23,7 +23,9 @@ from audiolm_pytorch.training.distributed import (
     mean_over_processes,
     unaveraged_gradients,
 )
-from audiolm_pytorch.training.task import LoopSettings, OptimizerChoice, Phase, ScheduleChoice
+from audiolm_pytorch.training.precision import LossScale, autocast
+from audiolm_pytorch.training.sharding import Sharding, local_part, shard_as, total_norm
+from audiolm_pytorch.training.task import LoopSettings, OptimizerChoice, Phase, PhaseLoss, ScheduleChoice
 
 if TYPE_CHECKING:
     import accelerate
@@ -50,8 +52,9 @@ class PhaseOptimizer:
         buffers: PersistentBuffers,
         settings: LoopSettings,
         accelerator: "accelerate.Accelerator",
+        sharding: Sharding | None = None,
     ) -> None:
-        self.phase = phase
+        self.phase, self._sharding = phase, sharding
         self._settings, self._accelerator, self._buffers = settings, accelerator, buffers
         parameters = {parameter: None for module in phase.modules for parameter in module.parameters()}
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
@@ -62,7 +65,8 @@ class PhaseOptimizer:
                 f"{len(self._parameters)} parameters, {num_outside} of them outside of the task's module"
             )
         self._names = [names[parameter] for parameter in self._parameters]
-        self._loss_module = data_parallel(_PhaseLoss(phase), accelerator)
+        self._loss_module = data_parallel(PhaseLoss(phase), accelerator) if sharding is None else sharding.loss
+        self.loss_scale = LossScale() if settings.precision == "fp16" else None
         choices: list[Any] = [settings.optimizer, settings.schedule]
         optimizer, schedule = [choice.get(phase.name) if isinstance(choice, dict) else choice for choice in choices]
         self._is_default = optimizer is None and schedule is None
@@ -94,10 +98,13 @@ class PhaseOptimizer:
         return optimizer
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Return two parameter groups: tensors with two or more dimensions, and vectors without weight decay."""
+        """Return the parameter groups: tensors with two or more dimensions; and vectors, scalars without weight decay.
+
+        Scalars have a group of their own, because they are not sharded, and optimizers compute a group in one call.
+        """
         matrices = [parameter for parameter in self._parameters if parameter.ndim >= 2]
-        vectors = [parameter for parameter in self._parameters if parameter.ndim < 2]
-        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        others = [[parameter for parameter in self._parameters if parameter.ndim == ndim] for ndim in (1, 0)]
+        groups = [{"params": matrices}, *({"params": params, "weight_decay": 0.0} for params in others)]
         return [group for group in groups if group["params"]]
 
     def _create_scheduler(self, choice: ScheduleChoice) -> LRScheduler:
@@ -143,24 +150,34 @@ class PhaseOptimizer:
         """
         self._set_learning_rate(step)
         before = self._buffers.copy()
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
         metrics: list[dict[str, Tensor | float]] = []
         self.optimizer.zero_grad(set_to_none=True)
         for number, batch in enumerate(batches, start=1):
             # gradients are averaged in the backward pass of the last batch
             with nullcontext() if number == len(batches) else unaveraged_gradients(self._loss_module):
                 loss, values = self._loss(batch, step)
-                # gradients of other phases' parameters are not computed
-                self._accelerator.backward(loss / len(batches), inputs=self._parameters)
+                loss = loss * (scale / len(batches))
+                # gradients of other phases' parameters are not computed; sharded parameters are no leaves of the graph
+                self._accelerator.backward(loss, **({} if self._sharding else {"inputs": self._parameters}))
             metrics.append(values)
+        if self._sharding is not None:
+            self._sharding.finish_gradients()
         losses = torch.stack([torch.as_tensor(values["loss"]).float() for values in metrics])
         loss = mean_over_processes(self._accelerator, losses.sum())
-        used = [parameter for parameter in self._parameters if parameter.grad is not None]
-        grad_norm = nn.utils.clip_grad_norm_(used, self._settings.max_grad_norm).to(loss.device)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        grad_norm = total_norm(gradients).to(loss.device) / scale
         # the only wait for the device in a step
-        if not bool(torch.isfinite(torch.stack([loss.float(), grad_norm.float()])).all()):
+        is_finite = bool(torch.isfinite(torch.stack([loss.float(), grad_norm.float()])).all())
+        if self.loss_scale is not None:
+            self.loss_scale.update(is_finite)
+        if not is_finite:
             self.optimizer.zero_grad(set_to_none=True)
             self._buffers.restore(before)
             return None
+        factor = (self._settings.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0) / scale
+        for gradient in gradients:
+            local_part(gradient).mul_(factor.to(gradient.device))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         broadcast_tensors(self._accelerator, self._buffers.tensors())
@@ -168,9 +185,8 @@ class PhaseOptimizer:
         return metrics
 
     def _loss(self, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Compute the loss and the metrics of the phase, under autocast if the precision is bf16."""
-        enabled = self._settings.precision == "bf16"
-        with torch.autocast(self._accelerator.device.type, dtype=torch.bfloat16, enabled=enabled):
+        """Compute the loss and the metrics of the phase in the precision of the settings."""
+        with autocast(self._settings.precision, self._accelerator.device):
             loss, metrics = self._loss_module(batch, step)
             return loss, metrics
 
@@ -221,7 +237,8 @@ class PhaseOptimizer:
                 parameter = parameters[name]
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     # files hold contiguous tensors, the fused step needs the memory order of the parameter
-                    value = torch.empty_like(parameter, dtype=value.dtype).detach().copy_(value)
+                    empty = torch.empty_like(parameter, dtype=value.dtype).detach()
+                    value = empty.copy_(shard_as(parameter, value))
                 state.setdefault(parameter, {})[state_name] = value
         ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         # load_state_dict moves tensors to the device, apart from those that stay on the CPU
@@ -247,19 +264,6 @@ class PhaseOptimizer:
         if choices[0] is None:
             choices[0] = [settings.get(name) for name in ("learning_rate", "weight_decay", "betas")]
         return choices
-
-
-class _PhaseLoss(nn.Module):
-    """Loss and metrics of a phase as one module, whose parameters are those of the phase's modules."""
-
-    def __init__(self, phase: Phase) -> None:
-        super().__init__()
-        self.parts, self._phase = nn.ModuleList(phase.modules), phase
-
-    def forward(self, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Return the loss, and the metrics without gradients."""
-        output = self._phase.loss(batch, step)
-        return output.loss, _scalars({"loss": output.loss, **output.metrics})
 
 
 def learning_rate_at(
@@ -307,13 +311,3 @@ def _decoded(value: Any) -> Any:
         [(kind, items)] = value.items()
         return Counter(dict(items)) if kind == "Counter" else dict(_decoded(items))
     return [_decoded(item) for item in value] if isinstance(value, list) else value
-
-
-def _scalars(metrics: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
-    """Convert metrics to scalars without gradients; a tensor of shape `[1]` is also accepted."""
-    scalars: dict[str, Tensor | float] = {}
-    for name, value in metrics.items():
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"metric {name!r} has shape {tuple(value.shape)}; return one number, e.g. the mean")
-        scalars[name] = value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
-    return scalars

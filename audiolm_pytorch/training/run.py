@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,17 @@ from audiolm_pytorch.data.batches import BatchPlan
 from audiolm_pytorch.saving.files import write_json
 from audiolm_pytorch.saving.text import logger_named, one_line
 from audiolm_pytorch.saving.weights import load_weights, weights_of
+from audiolm_pytorch.training.blocks import block_settings
 from audiolm_pytorch.training.checkpoint import Checkpoint, CheckpointFolder
 from audiolm_pytorch.training.distributed import PersistentBuffers, broadcast_tensors, merge_means, to_device
 from audiolm_pytorch.training.ema import WeightEMA
 from audiolm_pytorch.training.loading import loaded_batches
 from audiolm_pytorch.training.loss_curve import write_loss_curve
 from audiolm_pytorch.training.optimizer import PhaseOptimizer
+from audiolm_pytorch.training.precision import LossScale, autocast
 from audiolm_pytorch.training.rng import seed_rng
 from audiolm_pytorch.training.run_folder import changed_settings, read_record
+from audiolm_pytorch.training.sharding import Sharding, gathered
 from audiolm_pytorch.training.stopping import StopRequest, end_by_signal, stop_signals
 from audiolm_pytorch.training.task import LoopSettings, Task
 from audiolm_pytorch.training.tracking import (
@@ -64,7 +67,12 @@ class TrainResult:
 @typed
 @dataclass(eq=False)
 class _Progress:
-    """Progress of a training run, which a checkpoint stores as JSON."""
+    """Progress of a training run, which a checkpoint stores as JSON.
+
+    Attributes:
+        item_offset: Offset of the data order, so that a run that continues with another number of items per step begins
+            with the item after the last one of the checkpoint.
+    """
 
     step: int = 0
     seconds: float = 0.0
@@ -72,6 +80,7 @@ class _Progress:
     skips_in_a_row: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float | None] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
+    item_offset: int = 0
 
 
 class TrainingRun:
@@ -91,13 +100,6 @@ class TrainingRun:
         self.config = run_config(task, settings, accelerator)
         self.metrics_file = MetricsFile(folder / "metrics.jsonl")
         self.checkpoints = CheckpointFolder(folder)
-        self.plan = BatchPlan(
-            task.num_items,
-            settings.batch_size,
-            settings.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
         checkpoint = self.checkpoints.recovered() if accelerator.is_main_process else None
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process and self.checkpoints.path.exists():
@@ -115,9 +117,11 @@ class TrainingRun:
             load_weights(task.module, checkpoint.tensors.get("model", {}), where=where)
         buffers = PersistentBuffers(task.module)
         broadcast_tensors(accelerator, [*task.module.parameters(), *buffers.tensors()])
+        self.sharding = Sharding(task, accelerator) if settings.fsdp and accelerator.num_processes > 1 else None
         trained = {name: parameter for name, parameter in task.module.named_parameters() if parameter.requires_grad}
         names = {parameter: name for name, parameter in trained.items()}
-        self.optimizers = [PhaseOptimizer(phase, names, buffers, settings, accelerator) for phase in task.phases]
+        options: dict[str, Any] = {"settings": settings, "accelerator": accelerator, "sharding": self.sharding}
+        self.optimizers = [PhaseOptimizer(phase, names, buffers, **options) for phase in task.phases]
         self.ema = None if settings.ema_decay is None else WeightEMA(trained, settings.ema_decay)
         if checkpoint is None:
             self._write_checkpoint()
@@ -133,6 +137,14 @@ class TrainingRun:
             for optimizer in changed:
                 optimizer.restart_schedule(checkpoint.step)
             self.progress.changes += [f"step {checkpoint.step}: {change}" for change in changes]
+        self.plan = BatchPlan(
+            task.num_items,
+            settings.batch_size,
+            settings.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            offset=self.progress.item_offset,
+        )
 
     def is_current(self) -> bool:
         """Whether the checkpoint in the folder is that of this run, and no other trainer has continued it."""
@@ -149,6 +161,8 @@ class TrainingRun:
             end = min(end, progress.step + stop_after_steps)
         started = time.monotonic() - progress.seconds
         written_at = time.monotonic()
+        if self.sharding is not None:
+            self.sharding.resume()
         self.task.module.train()
         is_main = self.accelerator.is_main_process
         numbers = range(progress.step * settings.grad_accum_every, end * settings.grad_accum_every)
@@ -158,6 +172,7 @@ class TrainingRun:
             progress_bar(self.task.name, progress.step, settings.num_train_steps, is_main) as bar,
             loaded_batches(self.task.batch, self.plan, numbers, settings.num_workers, pin_memory) as batches,
             running_trackers(self.accelerator, self.folder, self.config["settings"]),
+            block_settings(self.task.module, settings),
         ):
             log = ProgressLog(self.task.name, progress.step, settings.num_train_steps, is_main)
             while progress.step < end:
@@ -179,6 +194,8 @@ class TrainingRun:
         self._write_checkpoint()
         if progress.step == settings.num_train_steps:
             self._finish()
+        if self.sharding is not None:
+            self.sharding.release()
         self.accelerator.wait_for_everyone()
         return TrainResult(progress.step, dict(progress.metrics))
 
@@ -203,7 +220,7 @@ class TrainingRun:
             metrics = optimizer.step(batches, step)
             for batch_metrics in metrics or []:
                 self.window.add(optimizer.phase.name, batch_metrics)
-            self._count_skip(optimizer.phase.name, metrics is None)
+            self._count_skip(optimizer, metrics is None)
         self.progress.step = step + 1
         if self.ema is not None:
             self.ema.update(step + 1)
@@ -211,12 +228,18 @@ class TrainingRun:
     def _begun(self, step: int) -> list[PhaseOptimizer]:
         return [optimizer for optimizer in self.optimizers if step >= optimizer.phase.first_step]
 
-    def _count_skip(self, phase: str, skipped: bool) -> None:
-        """Count a step skipped because of NaN or infinity; raise a RuntimeError after 10 skipped steps in a row."""
+    def _count_skip(self, optimizer: PhaseOptimizer, skipped: bool) -> None:
+        """Count a step skipped because of NaN or infinity; raise a RuntimeError after 10 skipped steps in a row.
+
+        In float16, overflows are normal while the scale of the loss is above 1.
+        """
+        phase, scale = optimizer.phase.name, optimizer.loss_scale
         if not skipped:
             self.progress.skips_in_a_row[phase] = 0
             return
         self.progress.skipped += 1
+        if scale is not None and scale.scale > 1:
+            return
         in_a_row = self.progress.skips_in_a_row[phase] = self.progress.skips_in_a_row.get(phase, 0) + 1
         step, num_batches = self.progress.step, self.settings.grad_accum_every
         indices = [self.plan.indices(number) for number in range(step * num_batches, (step + 1) * num_batches)]
@@ -250,11 +273,8 @@ class TrainingRun:
         """Validate the module with EMA weights on every process, because validation may use collective operations."""
         self.task.module.eval()
         seed_rng(self.settings.seed, "validate", device=self.accelerator.device)
-        precision = torch.autocast(
-            self.accelerator.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16"
-        )
-        with nullcontext() if self.ema is None else self.ema.in_place(), torch.no_grad():
-            with precision:
+        with self._weights_of_validation(), torch.no_grad():
+            with autocast(self.settings.precision, self.accelerator.device):
                 values = {name: float(value) for name, value in self.task.validate().items()}
             if values:
                 self._report("valid", values, {})
@@ -264,6 +284,12 @@ class TrainingRun:
                 write_loss_curve(self.folder / "loss.svg", {"": self.metrics_file.rows()}, self.task.name)
         self.accelerator.wait_for_everyone()
         self.task.module.train()
+
+    def _weights_of_validation(self) -> AbstractContextManager[None]:
+        """Return a context in which the module has the EMA weights, if there are any, and whole ones."""
+        if self.sharding is not None:
+            return self.sharding.plain({} if self.ema is None else self.ema.weights())
+        return nullcontext() if self.ema is None else self.ema.in_place()
 
     def _report(self, phase: str, values: dict[str, float], extra: dict[str, Any]) -> None:
         """Store the latest metrics of a phase, and write a row with the metrics and their chance levels."""
@@ -284,19 +310,30 @@ class TrainingRun:
             self.accelerator.log(numbers, step=self.progress.step)
 
     def _write_checkpoint(self) -> None:
-        """Write a checkpoint on the first process; the state is equal on all processes."""
-        if not self.accelerator.is_main_process:
+        """Write a checkpoint on the first process; apart from sharded tensors, the state is equal on all processes."""
+        is_main, sharding = self.accelerator.is_main_process, self.sharding
+        if not is_main and sharding is None:
             return
-        tensors = {"model": weights_of(self.task.module), "optimizer": {}}
+        tensors = {"model": weights_of(self.task.module) if sharding is None else sharding.weights(), "optimizer": {}}
         optimizers = {}
         for optimizer in self.optimizers:
             phase_tensors, optimizers[optimizer.phase.name] = optimizer.state()
             tensors["optimizer"].update(phase_tensors)
         if self.ema is not None:
             tensors["ema"] = self.ema.weights()
+        if self.settings.sharded_checkpoints and sharding is not None:
+            self.checkpoints.write_shards(Checkpoint(self.progress.step, tensors, self._state(optimizers)))
+            return
+        tensors = {name: gathered(part, keep=is_main) for name, part in tensors.items()}
+        if is_main:
+            self.checkpoints.write(Checkpoint(self.progress.step, tensors, self._state(optimizers)))
+
+    def _state(self, optimizers: dict[str, Any]) -> dict[str, Any]:
+        """Return the state of the run without tensors, which a checkpoint of the first process stores."""
+        scales = {one.phase.name: vars(one.loss_scale) for one in self.optimizers if one.loss_scale is not None}
         run = {"run": self.config, "progress": vars(self.progress), "window": self.window.state()}
-        state = {**run, "optimizers": optimizers, "metrics_file": self.metrics_file.state()}
-        self.checkpoints.write(Checkpoint(self.progress.step, tensors, state))
+        run |= {"loss_scales": scales} if scales else {}
+        return {**run, "optimizers": optimizers, "metrics_file": self.metrics_file.state()}
 
     def _restore(self, checkpoint: Checkpoint) -> list[PhaseOptimizer]:
         """Restore the state of the run from a checkpoint, except for the weights of the module.
@@ -309,11 +346,16 @@ class TrainingRun:
         for optimizer in self.optimizers:
             rest = checkpoint.state["optimizers"][optimizer.phase.name]
             optimizer.load_state(checkpoint.tensors["optimizer"], rest, is_changed=optimizer in changed)
+            if optimizer.loss_scale is not None:
+                scale = checkpoint.state.get("loss_scales", {}).get(optimizer.phase.name, {})
+                optimizer.loss_scale = LossScale(**scale)
         if self.ema is not None and before["ema_decay"] is not None:
             self.ema.load(checkpoint.tensors["ema"])
         self.progress = _Progress(**checkpoint.state["progress"])
         if self.progress.step != checkpoint.step:
             raise ValueError(f"the progress is of step {self.progress.step}, the checkpoint of step {checkpoint.step}")
+        num_more = _items_per_step(checkpoint.state["run"]) - _items_per_step(self.config)
+        self.progress.item_offset += self.progress.step * num_more
         if self.accelerator.is_main_process:
             self.window.load_state(checkpoint.state["window"])
             self.metrics_file.remove_after(checkpoint.step, checkpoint.state["metrics_file"])
@@ -331,6 +373,11 @@ class TrainingRun:
         finished: dict[str, Any] = {"format_version": _FORMAT_VERSION, "step": progress.step}
         finished |= {"seconds": progress.seconds, "run": self.config, "metrics": progress.metrics}
         write_json(self.folder / "finished.json", finished, sealed=True)
+
+
+def _items_per_step(config: Mapping[str, Any]) -> int:
+    settings = config["settings"]
+    return int(settings["batch_size"] * settings["grad_accum_every"] * config["num_processes"])
 
 
 def run_config(task: Task, settings: LoopSettings, accelerator: "accelerate.Accelerator") -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Inputs of the training loop: a task (module, data and losses) and the settings of the run."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from multiprocessing import get_all_start_methods
@@ -15,10 +15,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.training.arguments import trainer_arguments
 
-__all__ = ["LoopSettings", "LossOutput", "Phase", "Task"]
+__all__ = ["LoopSettings", "LossOutput", "Phase", "PhaseLoss", "Task"]
 
-# These settings decide how batches are loaded and when files are written, and have no influence on the weights.
+# These settings decide how batches are loaded, when files are written, where tensors are stored, and what is computed
+# twice. They have no influence on the weights, except for the rounding of sums over processes.
 _FREE_TO_CHANGE = (
+    "checkpoint_blocks",
+    "fsdp",
+    "sharded_checkpoints",
     "num_workers",
     "checkpoint_every_seconds",
     "checkpoint_every_steps",
@@ -59,7 +63,17 @@ class LoopSettings:
             advances once per step of its phase. The default schedule uses the learning rates of the optimizer as peaks.
         grad_accum_every: Number of batches whose gradients are averaged in a step.
         max_grad_norm: Maximum norm of the gradients of a phase; larger gradients are scaled down.
-        precision: "fp32", or "bf16" to compute the loss under bfloat16 autocast.
+        precision: "fp32", or "bf16" or "fp16" to compute the loss under autocast. With "fp16", the loss is scaled up,
+            so that small gradients do not become zero; a step whose gradients overflow is skipped and halves the scale.
+        checkpoint_blocks: Whether transformer blocks store only their inputs, and are computed again in the backward
+            pass, see `Transformer`. The result does not depend on it.
+        compile: Whether transformer blocks are compiled with `torch.compile`.
+        fsdp: Whether several processes share weights, gradients, EMA and optimizer state by FSDP2 (`fully_shard`)
+            instead of holding all of them each; for tasks with one phase. Before and after `train`, and in validation,
+            every process holds all weights. After an error, the module cannot be used. A run can continue with another
+            value.
+        sharded_checkpoints: With `fsdp`, every process writes its own part of a checkpoint. Such a checkpoint can be
+            continued by any number of processes.
         ema_decay: Decay of the EMA of the weights; None disables the EMA.
         seed: Seed of the data order and of all random numbers in training.
         num_workers: Worker processes that load batches ahead of the training, for each training process; 0 loads every
@@ -83,7 +97,11 @@ class LoopSettings:
     schedule: ScheduleChoice | dict[str, ScheduleChoice] | None = None
     grad_accum_every: int = 1
     max_grad_norm: float = 1.0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    checkpoint_blocks: bool = False
+    compile: bool = False
+    fsdp: bool = False
+    sharded_checkpoints: bool = False
     ema_decay: float | None = None
     seed: int = 0
     num_workers: int = 0
@@ -104,6 +122,7 @@ class LoopSettings:
             _need(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _need(self.num_workers == 0 or "fork" in get_all_start_methods(), "num_workers", self.num_workers,
               "0 on this system, which cannot fork processes")  # fmt: skip
+        _need(self.fsdp or not self.sharded_checkpoints, "sharded_checkpoints", True, "False without fsdp")
         _need(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", self.final_lr_fraction, "from 0 to 1")
         _need(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers from 0 to below 1")
         _need(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "between 0 and 1, or None")
@@ -116,7 +135,7 @@ class LoopSettings:
     def fixed(self) -> dict[str, Any]:
         """Return the JSON-compatible settings that must not change when a run is resumed."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _FREE_TO_CHANGE}
-        for name in [name for name in ("optimizer", "schedule") if values[name] is None]:
+        for name in [name for name in ("optimizer", "schedule", "compile") if not values[name]]:
             del values[name]
         return dict(json.loads(json.dumps(values, default=_described)))
 
@@ -154,15 +173,40 @@ class Phase:
     Args:
         modules: Submodules of the task's module, whose parameters no other phase may train.
         loss: Function of `(batch, step)` that computes the loss; it may call the modules any number of times.
+        optional: Those submodules of `modules` that the loss of some batches does not call.
     """
 
     name: str
     modules: tuple[nn.Module, ...]
     loss: Callable[[Any, int], LossOutput]
     first_step: int = 0
+    optional: tuple[nn.Module, ...] = ()
 
     def __post_init__(self) -> None:
         _need(self.first_step >= 0, f"first_step of phase {self.name!r}", self.first_step, "0 or more")
+
+
+class PhaseLoss(nn.Module):
+    """Loss and metrics of a phase as one module, whose parameters are those of the phase's modules."""
+
+    def __init__(self, phase: Phase) -> None:
+        super().__init__()
+        self.parts, self._phase = nn.ModuleList(phase.modules), phase
+
+    def forward(self, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Return the loss, and the metrics without gradients."""
+        output = self._phase.loss(batch, step)
+        return output.loss, _scalars({"loss": output.loss, **output.metrics})
+
+
+def _scalars(metrics: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
+    """Convert metrics to scalars without gradients; a tensor of shape `[1]` is also accepted."""
+    scalars: dict[str, Tensor | float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"metric {name!r} has shape {tuple(value.shape)}; return one number, e.g. the mean")
+        scalars[name] = value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
+    return scalars
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.lm.task import chance_losses
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.training.distributed import to_device
+from audiolm_pytorch.training.precision import autocast
 from musiclm_pytorch.pipeline.builders import STAGES, build_codec, build_mulan, build_semantic_tokenizer, build_stage
 from musiclm_pytorch.pipeline.pipeline import Pipeline
 from musiclm_pytorch.pipeline.presets import RunConfig, TransformerConfig
@@ -342,7 +343,7 @@ def _saved_bytes(forward: Callable[[], Tensor]) -> int:
 
 
 def _forward(loss: Callable[[int], Tensor], num_crops: int, run: RunConfig, device: torch.device) -> Tensor:
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=run.precision == "bf16"):
+    with autocast(run.precision, device):
         return loss(num_crops)
 
 

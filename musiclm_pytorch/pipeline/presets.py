@@ -33,8 +33,8 @@ _MAX_SCALE = 1e6
 class RunConfig:
     """Training settings of one model, where `seconds` is the crop length and `learning_rate` the peak learning rate.
 
-    A step averages the gradients of `grad_accum_every` batches of `batch_size` crops. `precision` is "fp32", or "bf16"
-    for autocast. Checkpoints are written every two minutes, and also every `checkpoint_every_steps` steps.
+    A step averages the gradients of `grad_accum_every` batches of `batch_size` crops. Checkpoints are written every two
+    minutes, and also every `checkpoint_every_steps` steps. `LoopSettings` documents the other fields.
     """
 
     num_train_steps: int
@@ -45,6 +45,10 @@ class RunConfig:
     precision: str = "bf16"
     grad_accum_every: int = 1
     checkpoint_every_steps: int | None = None
+    checkpoint_blocks: bool = False
+    compile: bool = False
+    fsdp: bool = False
+    sharded_checkpoints: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges of all fields."""

@@ -1,7 +1,8 @@
 """Small runs of all trainers that are killed at random instants, or whose files are damaged.
 
 `python -m tests.helpers.killed_runs kills 100` prints how many resumed runs equal the straight ones; `damage 60` and
-`flips 200` do the same for damaged checkpoints and for changed bits in each kind of file. A second number is the seed.
+`flips 200` do the same for damaged checkpoints and for changed bits in each kind of file. A second number is the seed,
+a third one the worker processes of the killed runs.
 """
 
 import logging
@@ -51,11 +52,11 @@ _STAGES = {
 }
 
 
-def make_trainers(data: Path) -> dict[str, Callable[[Path], Any]]:
+def make_trainers(data: Path, num_workers: int = 0) -> dict[str, Callable[[Path], Any]]:
     """Functions that build the trainer of each kind for a results folder, with a checkpoint at every step."""
     items = load_split(data)
     captions = [item.caption for item in items[0]]
-    shared: dict[str, Any] = {"seed": 0}
+    shared: dict[str, Any] = {"seed": 0, "num_workers": num_workers}
 
     def with_checkpoints(trainer: Any) -> Any:
         trainer.loop.settings.__dict__["checkpoint_every_steps"] = 1
@@ -77,6 +78,7 @@ def make_trainers(data: Path) -> dict[str, Callable[[Path], Any]]:
             ema_decay=0.9,
             results_folder=folder,
             checkpoint_every_steps=1,
+            num_workers=num_workers,
             **tokenizers,
         )
 
@@ -98,7 +100,7 @@ def make_trainers(data: Path) -> dict[str, Callable[[Path], Any]]:
     return trainers | {name: partial(stage, name) for name in _STAGES}
 
 
-def prepared() -> dict[str, Callable[[Path], Any]]:
+def prepared(num_workers: int = 0) -> dict[str, Callable[[Path], Any]]:
     """Trainers on clips in a temporary folder."""
     waves.MIN_HZ = fakes.SAMPLE_HZ  # type: ignore[misc]
     torch.set_num_threads(1)
@@ -106,7 +108,7 @@ def prepared() -> dict[str, Callable[[Path], Any]]:
     from audiolm_pytorch.semantic import kmeans_trainer
 
     kmeans_trainer._SECONDS_BETWEEN_STATES = 0.0  # type: ignore[misc]
-    return make_trainers(write_clips(Path(tempfile.mkdtemp(prefix="clips")) / "data", 5))
+    return make_trainers(write_clips(Path(tempfile.mkdtemp(prefix="clips")) / "data", 5), num_workers)
 
 
 def in_child(action: Callable[[], object], kill_after_seconds: float | None = None) -> int:
@@ -140,9 +142,9 @@ def content(folder: Path) -> dict[str, Any]:
     return {name: data for name, data in files.items() if "previous" not in name} | {"rows": rows}
 
 
-def kill_runs(number: int, seed: int, names: list[str] | None = None) -> tuple[int, int]:
-    """Kill runs of all trainers `number` times at random instants; return the numbers of kills and of equal runs."""
-    trainers, rng, kills, equal, runs = prepared(), random.Random(seed), 0, 0, 0
+def kill_runs(number: int, seed: int, names: list[str] | None = None, num_workers: int = 0) -> tuple[int, int]:
+    """Kill runs of all trainers `number` times at random instants; return the numbers of kills and of unequal runs."""
+    trainers, rng, kills, equal, runs = prepared(num_workers), random.Random(seed), 0, 0, 0
     names = names or list(trainers)
     root = Path(tempfile.mkdtemp(prefix="kills"))
     for turn, name in enumerate(names):
@@ -310,7 +312,7 @@ def _main(words: list[str]) -> None:
     kind, number = words[0], int(words[1])
     seed = int(words[2]) if len(words) > 2 else 0
     if kind == "kills":
-        kills, unequal = kill_runs(number, seed)
+        kills, unequal = kill_runs(number, seed, num_workers=int(words[3]) if len(words) > 3 else 0)
         print(f"{kills} kills, {unequal} runs differ from the straight run")
     elif kind == "damage":
         print(f"{number} damaged checkpoints, {damage_runs(number, seed)} runs did not continue from the one before")
