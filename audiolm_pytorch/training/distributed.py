@@ -45,7 +45,7 @@ _BUCKET_NUMEL = 2**25  # 128 MiB of float32: few collectives, and little memory 
 
 
 def create_accelerator(
-    track: Sequence[str] = (), folder: Path | None = None, timeout_seconds: float = 1800.0
+    track: Sequence[str] = (), folder: Path | None = None, timeout_seconds: float | None = None
 ) -> "accelerate.Accelerator":
     """Create an Accelerator for a training loop, with a process group that stays open until the process ends.
 
@@ -55,10 +55,11 @@ def create_accelerator(
     Args:
         track: Names of accelerate's trackers, such as "tensorboard", which training loops start and end.
         folder: Folder of the files of trackers.
-        timeout_seconds: How long a process waits for the other processes before it raises an error.
+        timeout_seconds: How long a process waits for the other processes before it raises an error; None = 1800.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
 
+    timeout_seconds = 1800.0 if timeout_seconds is None else timeout_seconds
     if timeout_seconds <= 0:
         raise ValueError(f"timeout_seconds must be above 0, got {timeout_seconds}")
     check_trackers(track)
@@ -113,21 +114,21 @@ def data_parallel(module: nn.Module, accelerator: "accelerate.Accelerator") -> n
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
             module,
-            process_group=gradient_group(),
+            process_group=gradient_group(accelerator),
             find_unused_parameters=True,
             broadcast_buffers=False,
         )
 
 
-def gradient_group() -> Any:
-    """Return the process group of all gradients."""
-    return _gradient_group(dist.group.WORLD)
+def gradient_group(accelerator: "accelerate.Accelerator") -> Any:
+    """Return the process group of all gradients, with the timeout of the Accelerator."""
+    return _gradient_group(dist.group.WORLD, getattr(accelerator.init_handler, "timeout", None))
 
 
 @cache
-def _gradient_group(world: Any) -> Any:
+def _gradient_group(world: Any, timeout: timedelta | None) -> Any:
     """Create the process group of all gradients, once for each group of all processes."""
-    return dist.new_group()
+    return dist.new_group(timeout=timeout)
 
 
 def unaveraged_gradients(module: nn.Module) -> AbstractContextManager[None]:

@@ -104,7 +104,10 @@ class PhaseOptimizer:
         """
         matrices = [parameter for parameter in self._parameters if parameter.ndim >= 2]
         others = [[parameter for parameter in self._parameters if parameter.ndim == ndim] for ndim in (1, 0)]
-        groups = [{"params": matrices}, *({"params": params, "weight_decay": 0.0} for params in others)]
+        groups: list[dict[str, Any]] = [
+            {"params": matrices},
+            *({"params": params, "weight_decay": 0.0} for params in others),
+        ]
         return [group for group in groups if group["params"]]
 
     def _create_scheduler(self, choice: ScheduleChoice) -> LRScheduler:

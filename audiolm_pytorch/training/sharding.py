@@ -33,7 +33,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return the part of a sharded tensor that this process holds, with the same memory; return others unchanged."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_as(parameter: Tensor, value: Tensor) -> Tensor:
@@ -93,12 +93,12 @@ class Sharding:
                 f"the module of {task.name} was trained with fsdp=True before in this process, which torch allows only "
                 "once; load the module again"
             )
-        phase, group = task.phases[0], gradient_group()
+        phase, group = task.phases[0], gradient_group(accelerator)
         self._task, self._group = task, group
         self._weight_names = list(weights_of(task.module))
         before = dict(task.module.named_parameters())
         self._modules = list(task.module.modules())
-        names = [set(vars(module)) for module in self._modules]
+        attributes = [set(vars(module)) for module in self._modules]
         self._other = [(type(module), _state_of(module)) for module in self._modules]
         options: dict[str, Any] = {"mesh": DeviceMesh.from_group(group, accelerator.device.type)}
         if scalars := {parameter for parameter in before.values() if parameter.ndim == 0}:
@@ -108,7 +108,7 @@ class Sharding:
             fully_shard(block, **options)
         fully_shard(self.loss, **options)
         _SHARDED.update(self._modules)
-        self._added = [vars(module).keys() - own for module, own in zip(self._modules, names, strict=True)]
+        self._added = [vars(module).keys() - own for module, own in zip(self._modules, attributes, strict=True)]
         after = dict(task.module.named_parameters())
         self._sharded = {name: after[name] for name, parameter in before.items() if after[name] is not parameter}
         self._plain = {name: before[name] for name in self._sharded}
@@ -145,7 +145,7 @@ class Sharding:
         """Make the module plain again, with whole weights on every process."""
         for name, parameter in self._plain.items():
             source = cast(DTensor, (weights or {}).get(name, self._sharded[name]))
-            parameter.data = source.detach().full_tensor()
+            parameter.data = source.full_tensor().detach()
         self._exchange()
         self._is_plain = True
 

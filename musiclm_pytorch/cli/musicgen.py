@@ -76,7 +76,7 @@ class TrainMusicGen(PresetOptions):
         from audiolm_pytorch.training.distributed import create_accelerator
         from musiclm_pytorch.pipeline.musicgen import musicgen_trainer
 
-        accelerator = create_accelerator(self.track, out / "trackers")
+        accelerator = create_accelerator(self.track, out / "trackers", self.timeout_seconds)
         parts = self._parts(preset)
         channels = 2 if self.stereo else parts["codec"].channels
         items = training_items(data, None, min_seconds=1.0, channels=channels)

@@ -32,6 +32,8 @@ class PresetOptions(ModelOptions):
     track: tuple[str, ...] = ()
     """Also log metrics with these trackers of accelerate: tensorboard (in OUT/trackers, with audio), wandb, trackio,
     mlflow and others. metrics.jsonl is always written."""
+    timeout_seconds: float | None = None
+    """How long the processes of a training wait for each other before they end with an error; by default 1800."""
     num_workers: int = 0
     """Worker processes of each training process, which load batches ahead of the training. They do not change the
     result, and their number may differ when a run is continued."""

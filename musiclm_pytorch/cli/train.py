@@ -68,8 +68,9 @@ class Train(PresetOptions, PartOptions):
         check_at_least(self, num_workers=0)
         data, out = self.folders()
         parts = self.pretrained_parts()
-        # without trackers, the pipeline creates an Accelerator when it needs one
-        accelerator = create_accelerator(self.track, out / "trackers") if self.track else None
+        # without these options, the pipeline creates an Accelerator when it needs one
+        needs_own = self.track or self.timeout_seconds is not None
+        accelerator = create_accelerator(self.track, out / "trackers", self.timeout_seconds) if needs_own else None
         pipeline = Pipeline(
             preset,
             data=data,
