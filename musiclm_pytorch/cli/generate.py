@@ -258,6 +258,8 @@ class Generate(ModelOptions):
 
     def _write_samples(self, first: "_Chunk", chunks: "Iterator[_Chunk]", path: Path) -> None:
         """Write a header and the samples of all chunks."""
+        from audiolm_pytorch.training.tracking import progress_bar
+
         channels = len(first.waves[0]) if first.waves[0].ndim == 2 else 1
         has_header = not self.raw and self.out.suffix.lower() != ".raw"
         to_file = path != _STANDARD_OUTPUT
@@ -267,11 +269,13 @@ class Generate(ModelOptions):
             if has_header:
                 file.write(_wav_header(first.sample_hz, channels, None))
             num_bytes = 0
-            for chunk in chain([first], chunks):
-                wave = self._marked(chunk.waves[0], first.sample_hz)
-                samples = (wave.clamp(-1, 1) * 32767).round().cpu().numpy()
-                num_bytes += file.write(samples.T.astype("<i2").tobytes())
-                file.flush()
+            with progress_bar("samples", 0, round(self._seconds * first.sample_hz), shown=to_file) as bar:
+                for chunk in chain([first], chunks):
+                    wave = self._marked(chunk.waves[0], first.sample_hz)
+                    samples = (wave.clamp(-1, 1) * 32767).round().cpu().numpy()
+                    num_bytes += file.write(samples.T.astype("<i2").tobytes())
+                    file.flush()
+                    bar.update(wave.shape[-1])
             if has_header and to_file and file.seekable():
                 file.seek(0)
                 file.write(_wav_header(first.sample_hz, channels, num_bytes))

@@ -1,6 +1,7 @@
 """`musiclm generate --stream`: files and pipes that are written while the music is generated."""
 
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -46,6 +47,19 @@ def test_a_stream_equals_the_music_of_its_seed(musiclm_command, model, tmp_path,
     for name, option in (("x.raw", ()), ("y.wav", ("--raw",))):
         assert musiclm_command(*WORDS, "--model", model, "--seconds", 0.9, "--out", tmp_path / name, *option) == 0
         assert (tmp_path / name).read_bytes() == data[44:]
+
+
+@pytest.mark.parametrize("option", [(), ("--stream",)])
+def test_a_terminal_shows_the_progress_with_the_time_left(
+    musiclm_command, model, tmp_path, monkeypatch, capsys, option
+):
+    """A bar with elapsed and remaining time; without a terminal, standard error stays empty."""
+    words = ("generate", "a tone", "--model", model, "--seconds", 0.5, "--num-samples", 1, "--out", tmp_path / "a.wav")
+    assert musiclm_command(*words, *option) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert musiclm_command(*words, *option) == 0
+    assert re.search(r"\d+%.*\d\d:\d\d<", capsys.readouterr().err)
 
 
 def test_the_file_grows_while_music_is_generated(musiclm_command, model, tmp_path, monkeypatch):
