@@ -19,6 +19,7 @@ __all__ = ["COMMANDS", "command_class", "help_text", "parse_options", "split_com
 # Words of a command -> module of this package, class in the module, and a line of the help.
 COMMANDS = {
     "generate": ("generate", "Generate", "music from a text, to a file or while it is played"),
+    "web": ("web", "Web", "a web page and an HTTP API"),
     "play": ("play", "Play", "play an audio file"),
     "train": ("train", "Train", "train all models on a folder of audio, or one of them"),
     "train musicgen": ("musicgen", "TrainMusicGen", "train or fine-tune a MusicGen"),

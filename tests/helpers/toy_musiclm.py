@@ -1,4 +1,4 @@
-"""A MusicLM of random weights whose windows are shorter than the music."""
+"""A MusicLM of random weights whose windows are shorter than the music, and a MusicGen."""
 
 from typing import Any
 
@@ -7,8 +7,11 @@ import torch
 from audiolm_pytorch.conditioning.fuser import ConditionSpec
 from musiclm_pytorch.melody.embedder import MelodyEmbedder
 from musiclm_pytorch.mulan import AudioSpectrogramTransformer
+from musiclm_pytorch.musicgen.musicgen import MusicGen
+from musiclm_pytorch.musicgen.text_tower import TextTowerEncoder
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
+from tests.helpers.small_models import small_soundstream
 from tests.helpers.tiny_mulan import tiny_mulan
 from tests.helpers.toy_audiolm import audiolm_of, streaming_codec
 
@@ -40,3 +43,12 @@ def musiclm_of(codec: str = "causal", melody: bool = False, **changes: Any) -> M
     audio_lm = audiolm_of(conditioned=True, codec=streaming_codec(codec), **WINDOWS, **changes)
     embedder = toy_embedder() if melody else None
     return MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=quantizer, melody_embedder=embedder).eval()
+
+
+def musicgen_of() -> MusicGen:
+    """A MusicGen of random weights with texts."""
+    torch.manual_seed(0)
+    text_conditioner = TextTowerEncoder(tiny_mulan().text)
+    return MusicGen(
+        codec=small_soundstream(), text_conditioner=text_conditioner, dim=16, depth=1, heads=2, max_seconds=1.0
+    )

@@ -1,0 +1,1 @@
+"""The web page and its HTTP API (extra [web]): `musiclm web`, or `MusicServer` in a program."""
