@@ -278,3 +278,20 @@ def test_state_missing_from_the_checkpoint_is_detected(
 
     with pytest.raises(AssertionError):
         check(tmp_path / "faulty", between=lambda: monkeypatch.setattr(*forgetful[fault]))
+
+
+def test_another_batch_size_continues_with_the_next_item(tmp_path: Path) -> None:
+    """No item is left out or repeated when a run continues with more or fewer items per step."""
+    seen: list[tuple[int, int]] = []
+
+    class Recording(ToyTask):
+        def batch(self, indices: list[tuple[int, int]]) -> Tensor:
+            seen.extend(indices)
+            return super().batch(indices)
+
+    allowed = ("batch_size", "grad_accum_every")
+    for steps, changes in [(3, {}), (1, {}), (2, {"batch_size": 4, "grad_accum_every": 2}), (3, {"batch_size": 1})]:
+        settings = replace(SETTINGS, allow_changed=allowed, **changes)
+        TrainLoop(Recording(), settings, tmp_path).train(stop_after_steps=steps)
+    one_by_one = BatchPlan(ToyTask.num_items, 1, SETTINGS.seed)
+    assert seen == [pair for number in range(4 * 3 + 2 * 8 + 3) for pair in one_by_one.indices(number)]

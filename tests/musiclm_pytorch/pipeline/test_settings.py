@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from audiolm_pytorch.training import LoopSettings
 from musiclm_pytorch.pipeline.musicgen_presets import MUSICGEN_PRESETS
 from musiclm_pytorch.pipeline.presets import PRESETS, preset_named
 from musiclm_pytorch.pipeline.settings import read_settings, setting_paths, with_settings
+from musiclm_pytorch.pipeline.trainers import loop_settings
 
 TINY = preset_named("tiny")
 
@@ -20,6 +22,20 @@ def test_every_setting_can_be_read_from_a_file(preset, tmp_path: Path) -> None:
     settings = read_settings(tmp_path / "all.yaml")
     assert set(settings) == set(setting_paths(preset))
     assert with_settings(preset, settings) == preset
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("precision", "fp16"), *((name, "true") for name in ("checkpoint_blocks", "compile", "fsdp"))],
+)
+def test_settings_of_devices_reach_the_training_loop(name: str, text: str) -> None:
+    """Every model of a preset has them."""
+    for part in ("codec", "semantic_tokenizer", "mulan", "semantic", "coarse", "fine"):
+        run = getattr(with_settings(TINY, {f"{part}.run.{name}": text}), part).run
+        assert LoopSettings(**loop_settings(run)) == replace(
+            LoopSettings(**loop_settings(getattr(TINY, part).run)), **{name: getattr(run, name)}
+        )
+        assert getattr(run, name) in (True, "fp16")
 
 
 def test_texts_and_values_of_a_file_have_the_same_effect(tmp_path: Path) -> None:
