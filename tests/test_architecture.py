@@ -28,7 +28,7 @@ ROOMS = {
         "tokens": "checks",
         "conditioning": "checks nn saving",
         "data": "audio checks saving",
-        "training": "checks data nn saving",
+        "training": "audio checks data nn saving",
         "codecs": "audio checks data nn saving training",
         "semantic": "audio checks data nn saving training",
         "lm": "audio checks codecs conditioning data nn saving semantic tokens training",

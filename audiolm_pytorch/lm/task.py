@@ -2,9 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +13,22 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import Conditioner, ConditionTensor, TextEncoder
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.token_model import TokenLoss
-from audiolm_pytorch.lm.training_data import StageSource
+from audiolm_pytorch.lm.training_data import StageInput, StageSource
 from audiolm_pytorch.nn.module_state import check_shares
 from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.training import LossOutput, Phase
 from audiolm_pytorch.training.distributed import map_over_processes, to_device
+from audiolm_pytorch.training.samples import Sample
 
 __all__ = ["StageObjective", "StageTask", "chance_losses"]
 
 logger = logger_named(__name__)
 
-_MAX_VALID_ITEMS = 128
+_MAX_VALID_ITEMS, _NUM_SAMPLES = 128, 2
+# Samples the tokens that a stage predicts for recordings with other tokens, conditions and captions.
+SampleFunction = Callable[
+    [StageTransformer, AudioTokens, dict[str, ConditionTensor], Sequence[str | None]], Sequence[Sample]
+]
 # Entries of a stage's config that do not change its weights.
 _NOT_DECISIVE = ("max_seconds", "token_fingerprints", "checkpoint_blocks")
 
@@ -65,6 +69,7 @@ class StageTask:
     Args:
         text_conditioner: Text encoder; needed by a stage with a `text_dim`. Parameters of the encoder that require
             gradients are trained with the stage.
+        sampler: Function that returns audible samples of the stage; None = training has no samples.
 
     Attributes:
         config: Settings that must not change when a run is resumed; the trainer adds the settings of its data.
@@ -79,6 +84,7 @@ class StageTask:
         *,
         audio_conditioner: Conditioner | None = None,
         text_conditioner: TextEncoder | None = None,
+        sampler: SampleFunction | None = None,
         objective: StageObjective | None = None,
         batch_size: int = 16,
         token_fingerprints: Mapping[str, str] | None = None,
@@ -100,7 +106,7 @@ class StageTask:
             )
         self.transformer, self.train, self.valid = transformer, train, valid
         self.conditioner, self.text_conditioner = audio_conditioner, text_conditioner
-        self.objective, self.batch_size = objective, batch_size
+        self.objective, self.batch_size, self.sampler = objective, batch_size, sampler
         self.noise = _noise_of_streams(transformer, objective.history_noise, objective.input_noise)
         num_levels = transformer.layout.predicted[0].num_levels
         if len(objective.level_weights) not in (0, num_levels):
@@ -162,8 +168,16 @@ class StageTask:
         values = {"loss": prediction.loss, **_metrics(prediction)}
         return {name: float(value) * (last - first) for name, value in values.items()}
 
-    def samples(self, folder: Path, step: int) -> None:
-        """Do nothing, because a single stage cannot generate audio; a pipeline writes samples of the whole model."""
+    @torch.no_grad()
+    def samples(self, step: int) -> Sequence[Sample]:
+        """Return what the sampler returns for the first held-out recordings."""
+        if self.sampler is None:
+            return []
+        count = min(_NUM_SAMPLES, len(self.valid))
+        batch = to_device(self.valid.batch([(0, index) for index in range(count)]), self.transformer.device)
+        inputs = self.valid.read(batch)
+        texts = [None] * count if batch.captions is None else batch.captions
+        return self.sampler(self.transformer, inputs.tokens, self._conditions(inputs), texts)
 
     def before_training(self) -> None:
         """Do nothing, because a stage has no weights that are initialised from data."""
@@ -171,15 +185,18 @@ class StageTask:
     def _predict(self, source: StageSource, batch: Any) -> TokenLoss:
         """Compute the loss of the stage for the tokens and conditions of a batch."""
         inputs = source.read(batch)
-        # Without autocast, so that conditions are the same as in generation.
-        with torch.autocast(self.transformer.device.type, enabled=False):
-            computed = {"codes": self._codes(inputs.condition), "text": self._states(inputs.texts)}
-        conditions = {name: part for name, part in computed.items() if part is not None} | inputs.conditions
+        conditions = self._conditions(inputs)
         packed, input_ids = self.transformer.packed(inputs.tokens, inputs.ends), None
         if self.transformer.training and self.noise:
             input_ids = self._noisy_ids(inputs.tokens, inputs.ends)
         loss: TokenLoss = self.transformer(packed, conditions, input_ids)
         return loss
+
+    def _conditions(self, inputs: StageInput) -> dict[str, ConditionTensor]:
+        """Compute all conditions without autocast, so that they are the same as in generation."""
+        with torch.autocast(self.transformer.device.type, enabled=False):
+            computed = {"codes": self._codes(inputs.condition), "text": self._states(inputs.texts)}
+        return {name: part for name, part in computed.items() if part is not None} | inputs.conditions
 
     def _noisy_ids(self, tokens: AudioTokens, ends: Tensor) -> Tensor:
         """Pack tokens in which random tokens replace a random share of the tokens of each item."""

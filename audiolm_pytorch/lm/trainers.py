@@ -5,6 +5,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import Dataset
 
 from audiolm_pytorch.checks.types import typed
@@ -17,7 +18,7 @@ from audiolm_pytorch.lm.compatibility import agreed_fingerprints, check_compatib
 from audiolm_pytorch.lm.entropy_transformer import EntropyTransformer
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
-from audiolm_pytorch.lm.task import StageObjective, StageTask
+from audiolm_pytorch.lm.task import SampleFunction, StageObjective, StageTask
 from audiolm_pytorch.lm.training_data import (
     ConditionFunction,
     ShardSource,
@@ -26,6 +27,8 @@ from audiolm_pytorch.lm.training_data import (
     WaveFunction,
     WaveSource,
 )
+from audiolm_pytorch.nn.lora import LoRA
+from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.files import write_weights
 from audiolm_pytorch.saving.modules import save_module
 from audiolm_pytorch.saving.text import logger_named
@@ -33,6 +36,7 @@ from audiolm_pytorch.saving.weights import weights_of
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.training import LoopSettings, TrainLoop, TrainResult
 from audiolm_pytorch.training.arguments import trainer_arguments
+from audiolm_pytorch.training.rng import seed_rng
 
 if TYPE_CHECKING:
     import accelerate
@@ -46,6 +50,7 @@ __all__ = [
 ]
 
 TABLE_FILE = "conditioning_table.safetensors"
+LORA_FOLDER = "lora"
 
 logger = logger_named(__name__)
 
@@ -82,8 +87,15 @@ class StageTrainer:
             where a caption may be None, and tags are the texts of `tags_in`.
         augment_waves: Function that changes the waves and captions of a training batch: `(WaveBatch, rng) ->
             WaveBatch`; not allowed with `shards`.
+        sampler: Function that returns audible samples of the stage during training, such as `StageSampler(codec)`.
+        lora_rank: Rank of low-rank updates of all linear layers of the stage (LoRA, arXiv:2106.09685), which are
+            trained instead of all weights. They are saved in the folder `lora` of `results_folder`, and merged into the
+            weights after training. None = train all weights.
+        lora_scale: Factor of the updates.
         **settings: Further fields of `LoopSettings`, such as `learning_rate` or `optimizer`.
     """
+
+    _result: TrainResult | None = None  # of a run whose low-rank updates are merged
 
     @typed
     def __init__(
@@ -108,69 +120,89 @@ class StageTrainer:
         conditioners: Mapping[str, ConditionFunction] | None = None,
         augment_text: TextFunction | None = None,
         augment_waves: WaveFunction | None = None,
+        sampler: SampleFunction | None = None,
+        lora_rank: int | None = None,
+        lora_scale: float = 1.0,
         **settings: Any,
     ) -> None:
         modules = wav2vec, codec, audio_conditioner, text_conditioner
         check_compatible(transformer, *modules)
+        if lora_rank is None and lora_scale != 1:
+            raise ValueError(f"lora_scale={lora_scale} needs a lora_rank; pass one, or leave it out")
         loop_settings = LoopSettings(num_train_steps=num_train_steps, batch_size=batch_size, **settings)
-        tokenizer = wav2vec if codec is None else codec
-        sample_hz = None if tokenizer is None else tokenizer.target_sample_hz
+        sample_hz = getattr(codec or wav2vec, "target_sample_hz", None)
         seconds = crop_seconds(data_max_length, data_max_length_seconds, sample_hz)
-        options: dict[str, Any] = dict(seconds=seconds, audio_conditioner=audio_conditioner, seed=loop_settings.seed)
+        all_shards = (shards, shards) if isinstance(shards, TokenShards) else shards or ()
+        shared: dict[str, Any] = dict(seconds=seconds, audio_conditioner=audio_conditioner, seed=loop_settings.seed)
+        only_train: dict[str, Any] = dict(text_prob=text_prob, augment_text=augment_text)
         train: StageSource
         valid: StageSource
-        all_shards = (shards, shards) if isinstance(shards, TokenShards) else shards or ()
         if all_shards:
-            if folder is not None or items is not None:
-                raise ValueError("got shards and audio files; pass only one of folder, items and shards")
-            if conditioners:
-                raise ValueError("got conditioners and shards; store the condition embeddings in the shards instead")
-            if augment_waves is not None:
-                raise ValueError("got augment_waves and shards, which have no waves; pass audio files instead")
-            train = ShardSource(all_shards[0], transformer, text_prob=text_prob, augment_text=augment_text, **options)
-            valid = ShardSource(all_shards[1], transformer, **options)
+            _check_shards_only(folder=folder, items=items, conditioners=conditioners, augment_waves=augment_waves)
+            train = ShardSource(all_shards[0], transformer, **only_train, **shared)
+            valid = ShardSource(all_shards[1], transformer, **shared)
         else:
-            token_seconds = _token_seconds(seconds, wav2vec, codec)
-            channels = 1 if codec is None else codec.channels
-            train_items, valid_items = training_items(
-                folder, items, min_seconds=token_seconds, channels=channels, sample_hz=sample_hz
-            )
-            options |= {"wav2vec": wav2vec, "codec": codec, "conditioners": conditioners}
-            augmentations: dict[str, Any] = {"augment_text": augment_text, "augment_waves": augment_waves}
-            train = WaveSource(train_items, transformer, text_prob=text_prob, **augmentations, **options)
-            valid = WaveSource(valid_items, transformer, **options)
+            min_seconds = _token_seconds(seconds, wav2vec, codec)
+            needs: dict[str, Any] = dict(channels=getattr(codec, "channels", 1), sample_hz=sample_hz)
+            train_items, valid_items = training_items(folder, items, min_seconds=min_seconds, **needs)
+            shared |= {"wav2vec": wav2vec, "codec": codec, "conditioners": conditioners}
+            train = WaveSource(train_items, transformer, augment_waves=augment_waves, **only_train, **shared)
+            valid = WaveSource(valid_items, transformer, **shared)
         _check_captions(transformer, train)
         if not all_shards:
             _warn_of_unused(transformer, wav2vec, codec, train, bool(conditioners))
         self.transformer, self.conditioner, self.text_conditioner = transformer, audio_conditioner, text_conditioner
-        self.task = StageTask(
-            transformer,
-            train,
-            valid,
-            audio_conditioner=audio_conditioner,
-            text_conditioner=text_conditioner,
-            objective=objective,
-            batch_size=batch_size,
-            token_fingerprints=agreed_fingerprints(transformer, *modules, all_shards),
-        )
-        self.task.config |= {"data": f"{train.digest}, {valid.digest}", "crop_seconds": seconds, "text_prob": text_prob}
-        for name, function in {"augment_text": augment_text, "augment_waves": augment_waves}.items():
-            if function is not None:
-                self.task.config[name] = repr(function) if is_dataclass(function) else type(function).__qualname__
+        digests = f"{train.digest}, {valid.digest}"
+        config: dict[str, Any] = {"data": digests, "crop_seconds": seconds, "text_prob": text_prob}
+        config |= _described(augment_text=augment_text, augment_waves=augment_waves)
+        self.results_folder = Path(results_folder or f"./results/{transformer.namespace}_transformer")
+        config |= {} if lora_rank is None else {"lora": [lora_rank, lora_scale]}
+        self.lora = self._new_lora(lora_rank, lora_scale, loop_settings.seed)
+        try:
+            self.task = StageTask(
+                transformer,
+                train,
+                valid,
+                audio_conditioner=audio_conditioner,
+                text_conditioner=text_conditioner,
+                sampler=sampler,
+                objective=objective,
+                batch_size=batch_size,
+                token_fingerprints=agreed_fingerprints(transformer, *modules, all_shards),
+            )
+            self.task.config |= config
+            self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator)
+        except BaseException:
+            if self.lora is not None:
+                self.lora.remove()
+            raise
         if transformer.max_seconds is None:
             transformer.max_seconds = train.crop_seconds
-        self.results_folder = Path(results_folder or f"./results/{transformer.namespace}_transformer")
-        self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator)
+
+    def _new_lora(self, rank: int | None, scale: float, seed: int) -> LoRA | None:
+        """Add low-rank updates to the stage, and freeze what else would be trained."""
+        if rank is None:
+            return None
+        frozen = [] if self.conditioner is None else [self.conditioner.table(self.transformer.namespace)]
+        frozen += [] if self.text_conditioner is None else [self.text_conditioner]
+        with preserve_rng():
+            seed_rng(seed, "lora", device=torch.device("cpu"))
+            return LoRA(self.transformer, rank, scale, frozen)
 
     @typed
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
         """Train the stage to the end of the run, or for at most `stop_after_steps` steps.
 
         Training continues from the checkpoint in `results_folder`, if there is one. After the last step, the stage and
-        its table of condition embeddings have the final weights.
+        its table of condition embeddings have the final weights, into which low-rank updates are merged.
         """
-        result = self.loop.train_and_save(self._save, stop_after_steps)
+        if self._result is not None:
+            return self._result
+        result = self.loop.train_and_save(self._save_all, stop_after_steps)
         self._set_fingerprints()
+        if self.lora is not None and self.loop.is_finished:
+            self._result = result
+            self.lora.merge()
         return result
 
     def _set_fingerprints(self) -> None:
@@ -180,6 +212,13 @@ class StageTrainer:
             fingerprints["text_encoder"] = self.text_conditioner.fingerprint()
         self.transformer.token_fingerprints = fingerprints
 
+    def _save_all(self) -> None:
+        """Save low-rank updates, merge them, and save the result."""
+        if self.lora is not None:
+            self.lora.save(self.results_folder / LORA_FOLDER)
+            self.lora.merge()
+        self._save()
+
     def _save(self) -> None:
         """Save the table of condition embeddings, and then the stage, so that a saved stage always has its table."""
         self._set_fingerprints()
@@ -188,6 +227,25 @@ class StageTrainer:
             table = weights_of(self.conditioner.table(namespace))
             write_weights(self.results_folder / TABLE_FILE, table, sealed=True)
         save_module(self.transformer, self.results_folder / namespace)
+
+
+def _described(**functions: Any) -> dict[str, str]:
+    """Return a description of the functions that are not None, by name."""
+    return {
+        name: repr(function) if is_dataclass(function) else type(function).__qualname__
+        for name, function in functions.items()
+        if function is not None
+    }
+
+
+def _check_shards_only(folder: Any, items: Any, conditioners: Any, augment_waves: Any) -> None:
+    """Check that no argument of a training on waves is passed with token shards."""
+    if folder is not None or items is not None:
+        raise ValueError("got shards and audio files; pass only one of folder, items and shards")
+    if conditioners:
+        raise ValueError("got conditioners and shards; store the condition embeddings in the shards instead")
+    if augment_waves is not None:
+        raise ValueError("got augment_waves and shards, which have no waves; pass audio files instead")
 
 
 def _check_captions(transformer: StageTransformer, train: StageSource) -> None:

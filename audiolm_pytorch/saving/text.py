@@ -1,6 +1,7 @@
 """Texts of error messages and logs in one line of printable letters; this module does not import torch."""
 
 import logging
+import os
 
 __all__ = ["joined_lines", "logger_named", "one_line", "printable"]
 
@@ -21,13 +22,23 @@ def printable(text: object) -> str:
     return "".join(letters)
 
 
-def logger_named(name: str) -> logging.Logger:
-    """Return a logger whose messages are `printable`, so that a file name cannot imitate another message."""
+def logger_named(name: str, every_process: bool = False) -> logging.Logger:
+    """Return a logger whose messages are `printable`, so that a file name cannot imitate another message.
+
+    In a training of several processes, warnings come from the first one only, unless `every_process` is True.
+    """
     logger = logging.getLogger(name)
     logger.addFilter(_with_printable_message)
+    if not every_process:
+        logger.addFilter(_is_error_or_of_first_process)
     return logger
 
 
 def _with_printable_message(record: logging.LogRecord) -> bool:
     record.msg, record.args = printable(record.getMessage()), None
     return True
+
+
+def _is_error_or_of_first_process(record: logging.LogRecord) -> bool:
+    """Whether a record is logged; torchrun and accelerate set the variable RANK of the environment."""
+    return record.levelno >= logging.ERROR or os.environ.get("RANK", "0") == "0"

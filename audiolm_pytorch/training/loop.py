@@ -12,6 +12,7 @@ from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.weights import load_weights
 from audiolm_pytorch.training.checkpoint import CheckpointFolder
 from audiolm_pytorch.training.distributed import create_accelerator, shared_errors
+from audiolm_pytorch.training.freezing import frozen_parameters
 from audiolm_pytorch.training.run import OnRow, TrainingRun, TrainResult, check_same_run, run_config
 from audiolm_pytorch.training.run_folder import claimed_folder, read_record
 from audiolm_pytorch.training.task import LoopSettings, Phase, Task
@@ -87,16 +88,19 @@ class TrainLoop:
         if self.is_finished:
             finished = read_record(self.folder / "finished.json", step=int, run=dict, metrics=dict)
             config = run_config(self.task, self.settings, accelerator)
-            if not check_same_run(self.folder, finished["step"], finished["run"], config, self.settings):
+            step, run = finished["step"], finished["run"]
+            # changes are logged when the run continues
+            if not check_same_run(self.folder, step, run, config, self.settings, log=False):
                 return TrainResult(finished["step"], finished["metrics"])
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 (self.folder / "finished.json").unlink()
             accelerator.wait_for_everyone()
         try:
-            if self._run is None or not self._run.is_current():
-                self._run = TrainingRun(self.task, self.settings, self.folder, accelerator, self._on_row)
-            result = self._run.advance(stop_after_steps)
+            with frozen_parameters(self.task.module, self.settings.freeze):
+                if self._run is None or not self._run.is_current():
+                    self._run = TrainingRun(self.task, self.settings, self.folder, accelerator, self._on_row)
+                result = self._run.advance(stop_after_steps)
         except BaseException:
             # the state in memory may be that of half a step; the checkpoint is complete
             self._run = None

@@ -25,6 +25,7 @@ from audiolm_pytorch.training.optimizer import PhaseOptimizer
 from audiolm_pytorch.training.precision import LossScale, autocast
 from audiolm_pytorch.training.rng import seed_rng
 from audiolm_pytorch.training.run_folder import changed_settings, read_record
+from audiolm_pytorch.training.samples import write_samples
 from audiolm_pytorch.training.sharding import Sharding, gathered
 from audiolm_pytorch.training.stopping import StopRequest, end_by_signal, stop_signals
 from audiolm_pytorch.training.task import LoopSettings, Task
@@ -33,7 +34,6 @@ from audiolm_pytorch.training.tracking import (
     MetricWindow,
     ProgressLog,
     finite_or_none,
-    log_audio,
     progress_bar,
     running_trackers,
 )
@@ -48,7 +48,7 @@ OnRow = Callable[[Mapping[str, Any]], None]
 _FORMAT_VERSION = 1
 _MAX_SKIPS_IN_A_ROW = 10
 
-logger = logger_named(__name__)
+logger = logger_named(__name__, every_process=True)  # each process names its own batches
 
 
 @dataclass(frozen=True)
@@ -279,8 +279,9 @@ class TrainingRun:
             if values:
                 self._report("valid", values, {})
             if self.accelerator.is_main_process:
-                self.task.samples(self.folder / "samples", self.progress.step)
-                log_audio(self.accelerator, self.folder / "samples", self.progress.step)
+                if self._is_due(self.settings.sample_every or self.settings.validate_every):
+                    step = self.progress.step
+                    write_samples(self.folder / "samples", self.task.samples(step), step, self.accelerator)
                 write_loss_curve(self.folder / "loss.svg", {"": self.metrics_file.rows()}, self.task.name)
         self.accelerator.wait_for_everyone()
         self.task.module.train()
@@ -395,9 +396,11 @@ def run_config(task: Task, settings: LoopSettings, accelerator: "accelerate.Acce
     }
 
 
-def check_same_run(folder: Path, step: int, found: Any, expected: dict[str, Any], settings: LoopSettings) -> list[str]:
+def check_same_run(
+    folder: Path, step: int, found: Any, expected: dict[str, Any], settings: LoopSettings, log: bool = True
+) -> list[str]:
     """Check that the run in a folder has the expected `run_config`, and return the allowed differences."""
-    changes = changed_settings(folder, found, expected, settings.allow_changed, f" (step {step})")
+    changes = changed_settings(folder, found, expected, settings.allow_changed, f" (step {step})", log)
     fixed = [line for line in changes if line.startswith(("task:", "phases:"))]
     if fixed or settings.num_train_steps < step:
         raise ValueError(

@@ -94,9 +94,9 @@ def read_record(file: Path, **types: type | UnionType) -> dict[str, Any]:
 
 
 def changed_settings(
-    folder: Path, found: Any, expected: Mapping[str, Any], allowed: Sequence[str], about: str = ""
+    folder: Path, found: Any, expected: Mapping[str, Any], allowed: Sequence[str], about: str = "", log: bool = True
 ) -> list[str]:
-    """Compare the settings of the run in a folder with the expected settings, and return the allowed differences.
+    """Compare the settings of the run in a folder with the expected settings, and return and log allowed differences.
 
     Any other difference raises a ValueError. A name in `allowed` is the last part of a setting's path, or its
     beginning: "batch_size", "settings.batch_size" and "settings" allow another "settings.batch_size".
@@ -105,7 +105,8 @@ def changed_settings(
         raise ValueError(f"{folder} contains a run without settings{about}; use another folder")
     lines = differences(found, dict(expected))
     names = [line.partition(": ")[0] for line in lines]
-    _warn_of_unknown(folder, allowed, {**found, **expected})
+    if log:
+        _warn_of_unknown(folder, allowed, {**found, **expected})
     is_allowed = [any(f".{one}." in f".{name}." for one in allowed) for name in names]
     refused = [line for line, allow in zip(lines, is_allowed, strict=True) if not allow]
     if refused:
@@ -116,7 +117,7 @@ def changed_settings(
             f"same settings or another folder, or continue with the new settings: allow_changed={changed} in Python, "
             f"--allow-changed {' '.join(changed)} on the command line"
         )
-    if lines:
+    if lines and log:
         logger.warning("%s continues%s with other settings: %s", folder, about, "; ".join(lines))
     return lines
 

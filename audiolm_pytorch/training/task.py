@@ -1,11 +1,10 @@
 """Inputs of the training loop: a task (module, data and losses) and the settings of the run."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from multiprocessing import get_all_start_methods
-from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.training.arguments import trainer_arguments
+from audiolm_pytorch.training.samples import Sample
 
 __all__ = ["LoopSettings", "LossOutput", "Phase", "PhaseLoss", "Task"]
 
@@ -27,6 +27,7 @@ _FREE_TO_CHANGE = (
     "checkpoint_every_seconds",
     "checkpoint_every_steps",
     "validate_every",
+    "sample_every",
     "log_every",
     "allow_changed",
 )
@@ -75,10 +76,14 @@ class LoopSettings:
         sharded_checkpoints: With `fsdp`, every process writes its own part of a checkpoint. Such a checkpoint can be
             continued by any number of processes.
         ema_decay: Decay of the EMA of the weights; None disables the EMA.
+        freeze: Names of parameters that are not trained, or parts of their names between dots, e.g. `("embedding",
+            "blocks.0")`; see `frozen_parameters`.
         seed: Seed of the data order and of all random numbers in training.
         num_workers: Worker processes that load batches ahead of the training, for each training process; 0 loads every
             batch when it is needed. The result does not depend on `num_workers`. Workers save time if decoding is slow
             (compressed files, resampling) and the machine has free CPU cores; token shards rarely need them.
+        sample_every: Steps between audible samples, which follow a validation; None = with every validation. The
+            last step always has samples.
         checkpoint_every_steps: Steps between additional checkpoints; None writes checkpoints by time only.
         allow_changed: Names of settings that may differ from those of the interrupted or finished run to continue, e.g.
             `("batch_size", "num_train_steps")`. By default every difference is an error. A changed optimizer starts
@@ -103,19 +108,22 @@ class LoopSettings:
     fsdp: bool = False
     sharded_checkpoints: bool = False
     ema_decay: float | None = None
+    freeze: tuple[str, ...] = ()
     seed: int = 0
     num_workers: int = 0
     checkpoint_every_seconds: float = 120.0
     checkpoint_every_steps: int | None = None
     validate_every: int = 500
+    sample_every: int | None = None
     log_every: int = 20
     allow_changed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_train_steps", "batch_size", "grad_accum_every", "validate_every", "log_every"):
             _need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        _need(self.checkpoint_every_steps is None or self.checkpoint_every_steps >= 1, "checkpoint_every_steps",
-              self.checkpoint_every_steps, "1 or more, or None")  # fmt: skip
+        for name in ("checkpoint_every_steps", "sample_every"):
+            every = getattr(self, name)
+            _need(every is None or every >= 1, name, every, "1 or more, or None")
         for name in ("learning_rate", "max_grad_norm", "checkpoint_every_seconds"):
             _need(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("warmup_steps", "weight_decay", "seed", "num_workers"):
@@ -135,7 +143,7 @@ class LoopSettings:
     def fixed(self) -> dict[str, Any]:
         """Return the JSON-compatible settings that must not change when a run is resumed."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _FREE_TO_CHANGE}
-        for name in [name for name in ("optimizer", "schedule", "compile") if not values[name]]:
+        for name in [name for name in ("optimizer", "schedule", "compile", "freeze") if not values[name]]:
             del values[name]
         return dict(json.loads(json.dumps(values, default=_described)))
 
@@ -256,11 +264,8 @@ class Task(Protocol):
         With `map_over_processes`, every process evaluates a share of the items, and all return the same metrics.
         """
 
-    def samples(self, folder: Path, step: int) -> None:
-        """Write example outputs (audio, images) to a folder after each validation, on the first process only.
-
-        The task creates the folder, so that a task without example outputs leaves no empty folder.
-        """
+    def samples(self, step: int) -> Sequence[Sample]:
+        """Return audio that shows what the module has learned; called after validations on the first process only."""
 
     def before_training(self) -> None:
         """Prepare `module` before step 0, e.g. by k-means on the data; a resumed run does not call this method."""

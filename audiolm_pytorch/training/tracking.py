@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import soundfile
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -27,7 +26,6 @@ __all__ = [
     "ProgressLog",
     "check_trackers",
     "finite_or_none",
-    "log_audio",
     "progress_bar",
     "running_trackers",
 ]
@@ -179,15 +177,6 @@ def running_trackers(
         for tracker in accelerator.trackers:
             tracker.finish()
         accelerator.trackers = []
-
-
-def log_audio(accelerator: "accelerate.Accelerator", folder: Path, step: int) -> None:
-    """Log the audio samples of a step, `*_step_0000100.wav`, with TensorBoard; other trackers receive numbers only."""
-    boards = [tracker.writer for tracker in accelerator.trackers if tracker.name == "tensorboard"]
-    for file in sorted(folder.glob(f"*_step_{step:07d}.wav")) if boards else ():
-        wave, sample_hz = soundfile.read(file, dtype="float32", always_2d=True)
-        for board in boards:
-            board.add_audio(f"samples/{file.name.partition('_step_')[0]}", wave[:, :1].T, step, sample_hz)
 
 
 def _numbers(values: list[Tensor | float]) -> list[float]:

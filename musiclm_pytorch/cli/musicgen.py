@@ -65,7 +65,7 @@ class TrainMusicGen(PresetOptions):
             raise ValueError("--lora-rank needs --from; add the model to fine-tune, or leave out --lora-rank")
         from musiclm_pytorch.pipeline.musicgen_presets import musicgen_preset
 
-        preset = self.resolved(musicgen_preset(self.preset))
+        preset = self.resolved(musicgen_preset(self.preset or "tiny"))
         if self.print_config:
             print_settings(preset)
             return 0

@@ -20,8 +20,8 @@ class PresetOptions(ModelOptions):
     """Folder of audio files, or a folder or file with a JSONL manifest (audio, caption, labels)."""
     out: Path | None = None
     """Folder of the run: checkpoints, metrics, and at the end the trained model."""
-    preset: str = "tiny"
-    """Sizes and training settings, see above."""
+    preset: str | None = None
+    """Sizes and training settings, see above; by default tiny."""
     config: Path | None = None
     """YAML file with settings that differ from those of the preset."""
     print_config: bool = False

@@ -16,22 +16,31 @@ from musiclm_pytorch.cli.settings import PresetOptions, print_settings
 __all__ = ["Train"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Train(PresetOptions, PartOptions):
     """Run one step of the training pipeline, or all steps in order.
 
     To continue an interrupted training, run the same command again. To train a semantic tokenizer on a layer of any
     encoder, see `musiclm train kmeans --help`; to train a MusicGen, see `musiclm train musicgen --help`.
 
-    The presets are tiny (two CPU cores), small (one GPU) and paper (the sizes of MusicLM). Every setting of a preset is
-    an option, for example `--semantic.run.learning-rate 1e-4`; `musiclm train all --print-config` lists
-    them.
+    The presets are tiny (two CPU cores), small (one GPU), paper (the sizes of MusicLM), and finetune and lora (with
+    --from). Every setting of a preset is an option, for example `--semantic.run.learning-rate 1e-4`; `musiclm train all
+    --print-config` lists them.
     """
 
     step: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STEP")]
     """all, or one of: codec, semantic-tokenizer, mulan, quantizer, tokens, semantic, coarse, fine. Optional steps (not
     in all) add melodies to a trained model: melody, melody-semantic, melody-coarse; they need the label pitch_class
     (notes) in the manifest."""
+    preset: str | None = None
+    """Sizes and training settings; by default tiny, with --from finetune, and with --lora-rank lora."""
+    from_model: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Train this model further: tiny (bundled), a folder, or a hub id. The stages of a MusicLM are trained on captions,
+    with its other parts unchanged. The steps codec, semantic-tokenizer and mulan also accept a model of one part."""
+    lora_rank: int | None = None
+    """With --from: train low-rank updates of this rank (LoRA) of the stages instead of all weights."""
+    freeze: tuple[str, ...] = ()
+    """With --from: names of parameters that are not trained, or parts of names, such as embedding or blocks.0."""
     seed: int = 0
     """Seed of initial weights, data order and noise."""
     tokens: Path | None = None
@@ -61,11 +70,14 @@ class Train(PresetOptions, PartOptions):
         if self.step in ("kmeans", "musicgen"):
             raise ValueError(f"{self.step} must be the first word after train; see musiclm train {self.step} --help")
         check_step(self.step)
-        preset = self.resolved(preset_named(self.preset))
+        if self.from_model is None and (self.lora_rank is not None or self.freeze):
+            raise ValueError("--lora-rank and --freeze need --from; add the model to train further")
+        default = "tiny" if self.from_model is None else "finetune" if self.lora_rank is None else "lora"
+        preset = self.resolved(preset_named(self.preset or default))
         if self.print_config:
             print_settings(preset)
             return 0
-        check_at_least(self, num_workers=0)
+        check_at_least(self, num_workers=0, lora_rank=1)
         data, out = self.folders()
         parts = self.pretrained_parts()
         # without these options, the pipeline creates an Accelerator when it needs one
@@ -78,11 +90,14 @@ class Train(PresetOptions, PartOptions):
             seed=self.seed,
             accelerator=accelerator,
             pretrained=parts,
+            start=self._start(),
             allow_changed=self.allow_changed,
             num_workers=self.num_workers,
             tokens_folder=self.tokens,
         )
         if self.dry_run or self.dry_run_device is not None:
+            if self.from_model is not None:
+                raise ValueError("estimates are for new models; leave out --from, or --dry-run")
             from musiclm_pytorch.pipeline.estimate import estimate
 
             print(estimate(pipeline, self.step, self.dry_run_device))
@@ -100,6 +115,19 @@ class Train(PresetOptions, PartOptions):
             line = f'model in {pipeline.model_folder}; try: musiclm generate "a slow waltz" --model {folder}'
             print(printable(line))
         return 0
+
+    def _start(self) -> Any:
+        """Load the model to train further."""
+        if self.from_model is None:
+            return None
+        from musiclm_pytorch.musiclm import MusicLM
+        from musiclm_pytorch.pipeline.fine_tuning import START_KINDS, FineTuning
+        from musiclm_pytorch.pipeline.steps import MELODY_STEPS
+
+        if self.step == "quantizer" or self.step in MELODY_STEPS:
+            raise ValueError(f"the step {self.step} trains no model further; leave out --from, or choose another step")
+        model = START_KINDS.get(self.step, MusicLM).from_pretrained(**self.source_of(self.from_model))
+        return FineTuning(model=model, lora_rank=self.lora_rank, freeze=self.freeze)
 
 
 def _announce(step: str) -> None:

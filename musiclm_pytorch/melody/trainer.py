@@ -16,6 +16,7 @@ from audiolm_pytorch.saving.modules import save_module
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
 from audiolm_pytorch.training.arguments import trainer_arguments
 from audiolm_pytorch.training.distributed import map_over_processes, to_device
+from audiolm_pytorch.training.samples import Sample
 from musiclm_pytorch.melody.embedder import MelodyEmbedder
 from musiclm_pytorch.melody.notes import LABEL, PitchNote, excerpt_of, notes_of, pitch_classes_at
 from musiclm_pytorch.melody.triplets import semi_hard_triplet_loss
@@ -148,8 +149,9 @@ class MelodyTask:
         windows = to_device(batch["windows"], self.embedder.codebooks.device).flatten(0, 2)
         return self.embedder(windows).unflatten(0, (2, -1)).cpu(), batch["classes"][0]
 
-    def samples(self, folder: Path, step: int) -> None:
-        """Write no samples, since an embedder generates no audio."""
+    def samples(self, step: int) -> Sequence[Sample]:
+        """Return no samples, since an embedder generates no audio."""
+        return ()
 
     def before_training(self) -> None:
         """Do nothing, since the codebooks are fitted after training."""

@@ -11,6 +11,7 @@ from audiolm_pytorch.data.batches import collate_crops
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.training.distributed import map_over_processes
+from audiolm_pytorch.training.samples import Sample
 from musiclm_pytorch.evaluation.retrieval import Retrieval, different_captions, retrieval
 from musiclm_pytorch.evaluation.tagging import TagTest, tag_scores, tag_tests
 from musiclm_pytorch.mulan.captions import texts_of
@@ -20,6 +21,7 @@ from musiclm_pytorch.mulan.joint import JointEmbedding
 __all__ = ["HeldOutClips"]
 
 _RECALL_AT = (1, 5, 10)
+_NUM_SAMPLES = 3
 
 
 class HeldOutClips:
@@ -35,6 +37,7 @@ class HeldOutClips:
         # A caption of several clips is one query with several correct results.
         self._captions, self._describes = different_captions([texts_of(item)[:1] for item in dataset.items])
         self._tests = _select_tests(tag_tests(dataset.items), labels)
+        self._nearest: list[int] = []
 
     @cached_property
     def chance(self) -> dict[str, float]:
@@ -64,8 +67,10 @@ class HeldOutClips:
         text = torch.cat(latents).to(audio.device)
         # In half precision many clips would be equally near.
         with torch.autocast(audio.device.type, enabled=False):
-            directions = self._retrieval(text.float() @ audio.float().T)
+            similarities = text.float() @ audio.float().T
+            directions = self._retrieval(similarities)
             tagged = [tag_scores(zero_shot_similarities(mulan, audio, t.prompts), t.truth) for t in self._tests]
+        self._nearest = similarities[:_NUM_SAMPLES].argmax(dim=1).tolist()
         values: dict[str, float] = {}
         for prefix, direction in directions.items():
             values |= {f"{prefix}recall_at_{k}": float((direction.ranks <= k).mean()) for k in _RECALL_AT}
@@ -73,6 +78,14 @@ class HeldOutClips:
         for test, scores in zip(self._tests, tagged, strict=True):
             values |= {f"{test.label}_auc": scores.auc, f"{test.label}_accuracy": scores.balanced_accuracy}
         return values
+
+    def nearest_clips(self) -> list[Sample]:
+        """Return, for the first captions, the clips that the last call of `measure` found to be the nearest."""
+        rate_hz = self.dataset.rates_hz[0]
+        return [
+            Sample(str(number), self.dataset.get(0, index).waves[rate_hz], rate_hz, caption)
+            for number, (caption, index) in enumerate(zip(self._captions, self._nearest), start=1)
+        ]
 
     def _audio_latents(self, mulan: JointEmbedding) -> Tensor:
         """Embed the first crop of every clip as latents `[n, d]`; every process embeds a share of the clips."""

@@ -21,6 +21,7 @@ from audiolm_pytorch.saving.modules import save_module
 from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
 from audiolm_pytorch.training.arguments import trainer_arguments
+from audiolm_pytorch.training.samples import Sample
 from musiclm_pytorch.mulan.captions import CaptionSampler, aspects_of, hard_negatives_of, texts_of
 from musiclm_pytorch.mulan.chance_watch import ChanceWatch
 from musiclm_pytorch.mulan.held_out import HeldOutClips
@@ -161,8 +162,9 @@ class MuLaNTask:
         """Compute the metrics of the held-out clips."""
         return {} if self.held_out is None else self.held_out.measure(self.mulan)
 
-    def samples(self, folder: Path, step: int) -> None:
-        """Write no samples, since a joint embedding generates no audio."""
+    def samples(self, step: int) -> list[Sample]:
+        """Return the held-out clips that are nearest to captions of held-out clips."""
+        return [] if self.held_out is None else self.held_out.nearest_clips()
 
     def before_training(self) -> None:
         """Do nothing, since no module of a MuLaN is fitted before training."""

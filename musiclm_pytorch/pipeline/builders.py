@@ -70,9 +70,9 @@ def build_semantic_encoder(preset: Preset) -> BestRQEncoder:
 
 
 @typed
-def build_semantic_objective(preset: Preset, encoder: BestRQEncoder) -> BestRQ:
+def build_semantic_objective(encoder: BestRQEncoder) -> BestRQ:
     """Build the training objective of the semantic encoder, which is masked prediction (BEST-RQ)."""
-    token_hz = preset.semantic_tokenizer.token_hz
+    token_hz = encoder.sample_hz / encoder.downsample_factor
     span_tokens = max(1, round(_SPAN_SECONDS * token_hz))
     reach_tokens = round(_TARGET_REACH_SECONDS * token_hz)
     return BestRQ(encoder, start_prob=_SPANS_PER_SECOND / token_hz, span_tokens=span_tokens, reach_tokens=reach_tokens)

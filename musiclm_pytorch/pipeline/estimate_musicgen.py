@@ -11,7 +11,7 @@ from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.data.manifest import AudioItem, captions_of
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.lm.task import chance_losses
-from audiolm_pytorch.nn.low_rank import add_low_rank
+from audiolm_pytorch.nn.lora import LoRA
 from audiolm_pytorch.saving.construction import preserve_rng
 from musiclm_pytorch.musicgen.musicgen import MusicGen
 from musiclm_pytorch.musicgen.transformer import MusicGenTransformer
@@ -111,7 +111,7 @@ class _Probe:
         trains_text = text is not None and any(weight.requires_grad for weight in text.parameters())
         trained = [model.transformer, *([text] if text is not None and trains_text else [])]
         if lora_rank is not None:
-            add_low_rank(model.transformer, lora_rank)
+            LoRA(model.transformer, lora_rank)
             trained = [model.transformer]
         parameters = [weight for module in trained for weight in module.parameters() if weight.requires_grad]
         limit = min(run.batch_size, MAX_CROPS)

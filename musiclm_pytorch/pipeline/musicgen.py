@@ -126,19 +126,17 @@ def musicgen_trainer(
                 compute_music_tokens(out / _TOKENS_FOLDER / part, part_items, origin={"part": part}, **tokens)
                 for part, part_items in zip(("train", "valid"), items)
             )
-    with preserve_rng():
-        seed_rng(seed, "lora", device=torch.device("cpu"))
-        return MusicGenTrainer(
-            model,
-            **data,
-            **_settings(preset),
-            lora_rank=lora_rank,
-            results_folder=out / model.transformer.namespace,
-            accelerator=accelerator,
-            seed=seed,
-            allow_changed=tuple(allow_changed),
-            num_workers=num_workers,
-        )
+    return MusicGenTrainer(
+        model,
+        **data,
+        **_settings(preset),
+        lora_rank=lora_rank,
+        results_folder=out / model.transformer.namespace,
+        accelerator=accelerator,
+        seed=seed,
+        allow_changed=tuple(allow_changed),
+        num_workers=num_workers,
+    )
 
 
 def _settings(preset: MusicGenPreset) -> dict[str, Any]:

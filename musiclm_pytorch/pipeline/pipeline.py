@@ -17,6 +17,7 @@ from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.data.items import items_digest
 from audiolm_pytorch.data.manifest import captions_of, training_items
 from audiolm_pytorch.data.shards import TokenShards
+from audiolm_pytorch.generation.stage_samples import StageSampler
 from audiolm_pytorch.lm.trainers import TABLE_FILE
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.files import read_weights, write_json
@@ -37,6 +38,7 @@ from musiclm_pytorch.mulan.captions import aspects_of
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.pipeline import run_folder
 from musiclm_pytorch.pipeline.builders import STAGES, build_quantizer, build_stage
+from musiclm_pytorch.pipeline.fine_tuning import FineTuning
 from musiclm_pytorch.pipeline.presets import Preset
 from musiclm_pytorch.pipeline.pretrained_parts import PRETRAINED_KINDS, check_pretrained
 from musiclm_pytorch.pipeline.samples import MAX_SAMPLE_SECONDS, write_samples
@@ -76,6 +78,7 @@ class Pipeline:
         data: Folder of audio files, or a folder or file with a JSONL manifest.
         out: Output folder, which belongs to one preset, seed, list of files and set of pretrained modules.
         pretrained: Modules that replace the steps "codec", "semantic-tokenizer" or "mulan", by the name of the step.
+        start: Model that is trained further, instead of a new one. The sizes of the preset are not used for its parts.
         allow_changed: Names of settings in `run.json` or of trainers that may differ from those of an interrupted run.
             Unfinished steps continue with the new settings; finished steps are not repeated.
         num_workers: Worker processes that load batches, see `LoopSettings`. The results do not depend on it.
@@ -92,6 +95,7 @@ class Pipeline:
         seed: int = 0,
         accelerator: "accelerate.Accelerator | None" = None,
         pretrained: Mapping[str, nn.Module] | None = None,
+        start: FineTuning | None = None,
         allow_changed: Sequence[str] = (),
         num_workers: int = 0,
         tokens_folder: str | Path | None = None,
@@ -102,9 +106,13 @@ class Pipeline:
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         check_folder_owner(self.out, run_folder.RUN_MARKS, RUN_KIND)
-        self.pretrained = dict(pretrained or {})
-        check_pretrained(preset, self.pretrained)
-        channels = getattr(self.pretrained.get("codec"), "channels", 1)
+        self.start = start or FineTuning()
+        if pretrained and self.start.unchanged:
+            raise ValueError("got pretrained parts and a MusicLM to train further; pass only one of them")
+        self.pretrained = dict(self.start.unchanged or pretrained or {})
+        if not self.start.unchanged:
+            check_pretrained(preset, self.pretrained)
+        channels = getattr(self.pretrained.get("codec", self.start.trained.get("codec")), "channels", 1)
         self.items = training_items(self.data, None, min_seconds=MIN_SECONDS, channels=channels)
         self.train_items, self.valid_items = self.items
         self._accelerator = accelerator
@@ -169,8 +177,8 @@ class Pipeline:
                 if announce is not None:
                     announce(name)
                 yield self._run_step(name)
-            if all(self.is_done(name) for name in STEPS) and not self._is_up_to_date():
-                for name in self._steps_of_model()[len(STEPS) :]:
+            if self._has_all_parts() and not self._is_up_to_date():
+                for name in [name for name in self._steps_of_model() if name in MELODY_STEPS]:
                     self._check_fresh(name)
                 self.assemble()
 
@@ -245,6 +253,7 @@ class Pipeline:
         preset = asdict(self.preset)
         del preset["melody"]  # checked by the trainers, so that finished runs without melodies can be trained on
         return {
+            **self.start.facts,
             "preset": preset,
             "seed": self.seed,
             "num_files": len(paths),
@@ -276,6 +285,11 @@ class Pipeline:
                 f"delete {self.out / step} to compute the step again, or use another --out"
             )
 
+    def _has_all_parts(self) -> bool:
+        """Whether a model can be assembled, which has the stages to train further where they are not trained yet."""
+        missing = [name for name in STEPS if not self.is_done(name)]
+        return missing != list(STAGES) and all(name in STAGES and name in self.start.trained for name in missing)
+
     def _is_up_to_date(self) -> bool:
         """Whether the assembled model was computed from the current results of all steps."""
         card = read_record(self.model_folder / CARD) if self.is_complete else {}
@@ -283,7 +297,8 @@ class Pipeline:
 
     def _steps_of_model(self) -> list[str]:
         """List the steps whose results are in the assembled model; melodies are part of it if all their steps ended."""
-        return [*STEPS, *(MELODY_STEPS if all(self.is_done(step) for step in MELODY_STEPS) else ())]
+        steps = [step for step in STEPS if self.is_done(step)]
+        return [*steps, *(MELODY_STEPS if all(self.is_done(step) for step in MELODY_STEPS) else ())]
 
     def _save(self, step: str, module: nn.Module, frozen: nn.Module | None = None) -> None:
         """Save the module of a step as fp16, so that later steps use the weights of the exported model.
@@ -299,25 +314,28 @@ class Pipeline:
         with preserve_rng():  # building a module consumes random numbers
             return load_module(self.out / step / "model", expect=kind, device=self.accelerator.device)
 
-    # the steps
-
     def _run_codec(self) -> dict[str, Any]:
-        trainer = codec_trainer(self.preset, self.items, **self._loop("codec"))
+        trainer = codec_trainer(self.preset, self.items, codec=self.start.copy_of("codec"), **self._loop("codec"))
         metrics = self._train(trainer)
         self._save("codec", trainer.task.codec)
         return metrics
 
     def _run_semantic_tokenizer(self) -> dict[str, Any]:
-        s = self.preset.semantic_tokenizer
-        trainer = semantic_tokenizer_trainer(self.preset, self.items, **self._loop("semantic-tokenizer"))
+        s, start = self.preset.semantic_tokenizer, self.start.copy_of("semantic-tokenizer")
+        encoder, layer, num_clusters = None, s.layer, s.num_clusters
+        if start is not None:
+            encoder, layer, num_clusters = start.encoder.requires_grad_(True), start.layer, start.codebook_size
+        loop = self._loop("semantic-tokenizer")
+        trainer = semantic_tokenizer_trainer(self.preset, self.items, encoder=encoder, **loop)
         metrics = self._train(trainer)
-        num_clusters = min(s.num_clusters, max(2, 10 * len(self.train_items)))
-        fit = trainer.fit_tokenizer(layer=s.layer, num_clusters=num_clusters)
+        num_clusters = min(num_clusters, max(2, 10 * len(self.train_items)))
+        fit = trainer.fit_tokenizer(layer=layer, num_clusters=num_clusters)
         self._save("semantic-tokenizer", fit.tokenizer)
         return {**metrics, "fitted.kmeans_explained": fit.usage.explained}
 
     def _run_mulan(self) -> dict[str, Any]:
-        trainer = mulan_trainer(self.preset, self.items, self.captions, **self._loop("mulan"))
+        options = {"mulan": self.start.copy_of("mulan"), **self._loop("mulan")}
+        trainer = mulan_trainer(self.preset, self.items, self.captions, **options)
         metrics = self._train(trainer)
         self._save("mulan", trainer.task.mulan)
         return metrics
@@ -349,7 +367,11 @@ class Pipeline:
         """Train a stage, or train it on with melodies."""
         stage, preset, shards = step.removeprefix("melody-"), self.preset, self.tokens()
         quantizer = self._load("quantizer", MuLaNEmbedQuantizer)
-        if step == stage:
+        options: dict[str, Any] = {}
+        if step in self.start.trained:
+            transformer = self.start.copy_of(step)
+            options["lora_rank"] = self.start.lora_rank
+        elif step == stage:
             tokenizer, codec = self._load("semantic-tokenizer", SemanticTokenizer), self._load("codec", Codec)
             transformer = build_stage(preset, stage, codec=codec, tokenizer=tokenizer)
         else:
@@ -357,14 +379,15 @@ class Pipeline:
             preset = replace(preset, **{stage: replace(getattr(preset, stage), run=config.stage_run)})
             self._load_table(quantizer, stage, stage)
             transformer = self._load(stage, PARTS[stage]).with_condition(MELODY, embedder.dim_latent, config.drop_prob)
-            options = {"stage": transformer, "seed": self.seed, "accelerator": self.accelerator}
+            given = {"stage": transformer, "seed": self.seed, "accelerator": self.accelerator}
             train, valid = (
-                compute_melodies(self.out / "melody" / tokens.folder.name, items, tokens, embedder, **options)
+                compute_melodies(self.out / "melody" / tokens.folder.name, items, tokens, embedder, **given)
                 for tokens, items in zip(shards, self.items)
             )
             shards = train, valid
-        data = {"shards": shards, "audio_conditioner": quantizer}
-        metrics = self._train(stage_trainer(preset, transformer, stage, **data, **self._loop(step)))
+        sampler = None if stage == "semantic" else StageSampler(self._load("codec", Codec))
+        options |= {"shards": shards, "audio_conditioner": quantizer, "sampler": sampler}
+        metrics = self._train(stage_trainer(preset, transformer, stage, **options, **self._loop(step)))
         self._save(step, transformer)
         return metrics
 
@@ -380,6 +403,7 @@ class Pipeline:
             seed=self.seed,
             allow_changed=self.allow_changed,
             num_workers=self.num_workers,
+            freeze=self.start.freeze,
         )
 
     def _train(self, trainer: Any) -> dict[str, Any]:
@@ -397,15 +421,19 @@ class Pipeline:
         if self.accelerator.is_main_process:
             steps = self._steps_of_model()
             trained = {name: f"melody-{name}" if f"melody-{name}" in steps else name for name in PARTS}
-            parts = {name: self._load(trained[name].replace("_", "-"), kind) for name, kind in PARTS.items()}
+            parts = {
+                name: self._load(step, PARTS[name]) if self.is_done(step) else self.start.copy_of(step)
+                for name, step in ((name, step.replace("_", "-")) for name, step in trained.items())
+            }
             if "melody" in steps:
                 parts["melody"] = self._load("melody", MelodyEmbedder)
             sampling = {}
             for stage in STAGES:
-                self._load_table(parts["quantizer"], stage, trained[stage])
+                if self.is_done(trained[stage]):
+                    self._load_table(parts["quantizer"], stage, trained[stage])
                 config = getattr(self.preset, stage)
                 sampling[stage] = {"temperature": config.temperature, "guidance_scale": config.guidance_scale}
-            about = {"preset": self.preset.name, "seed": self.seed, "sampling": sampling}
+            about = {"preset": self.preset.name, "seed": self.seed, "sampling": sampling} | self.start.about
             musiclm = MusicLM.of_parts(parts, about, self.out)
             self._write_samples(musiclm)
             card = card_text(musiclm)

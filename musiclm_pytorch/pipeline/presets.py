@@ -344,7 +344,29 @@ _PAPER = Preset(
     num_coarse_quantizers=4,
 )  # fmt: skip
 
-PRESETS = {preset.name: preset for preset in (_TINY, _SMALL, _PAPER)}
+
+def _fine_tuning(name: str, semantic: float, coarse: float, fine: float) -> Preset:
+    """Return settings to train a model further on few captioned files, with these learning rates of the stages."""
+    stages = {
+        stage: replace(
+            getattr(_TINY, stage),
+            run=RunConfig(steps, 10, 5.0, rate, warmup_steps=10),
+            objective=StageObjective(),
+            text_prob=0.9,
+        )
+        for stage, steps, rate in (("semantic", 120, semantic), ("coarse", 240, coarse), ("fine", 120, fine))
+    }
+    parts = {}
+    for part, rate in (("codec", 1e-4), ("semantic_tokenizer", 1e-4), ("mulan", 5e-5)):
+        config = getattr(_TINY, part)
+        parts[part] = replace(config, run=replace(config.run, num_train_steps=200, learning_rate=rate))
+    return replace(_TINY, name=name, **stages, **parts)
+
+
+# The second is for LoRA, whose updates need larger rates. recipes/README.md has results of both.
+_FINE_TUNING = (_fine_tuning("finetune", 2e-4, 3e-4, 3e-4), _fine_tuning("lora", 7e-4, 1e-3, 1e-3))
+
+PRESETS = {preset.name: preset for preset in (_TINY, _SMALL, _PAPER, *_FINE_TUNING)}
 
 
 @typed

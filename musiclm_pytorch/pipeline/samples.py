@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from audiolm_pytorch.audio.files import peak_safe, write_audio
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.data.manifest import AudioItem, captions_of
+from audiolm_pytorch.training import samples as training
 
 __all__ = ["MAX_SAMPLE_SECONDS", "write_samples"]
 
@@ -21,8 +21,5 @@ def write_samples(
     """Write music for the first captions of items, and the captions; `generate` receives a list of captions."""
     captions = list(dict.fromkeys(text for item in items for text in captions_of(item)))[:_NUM_SAMPLES]
     music = generate(captions) if captions else []
-    for number, (caption, wave) in enumerate(zip(captions, music, strict=True), start=1):
-        # a diverged model may return NaN, which no file can hold
-        finite = wave.float().nan_to_num(posinf=0.0, neginf=0.0)
-        write_audio(folder / f"{number}.wav", peak_safe(finite), sample_hz, comment=caption)
-        (folder / f"{number}.txt").write_text(caption + "\n", encoding="utf-8")
+    pairs = enumerate(zip(captions, music, strict=True), start=1)
+    training.write_samples(folder, [training.Sample(str(n), wave, sample_hz, text) for n, (text, wave) in pairs])

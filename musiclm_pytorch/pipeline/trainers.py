@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from audiolm_pytorch.codecs.discriminators import soundstream_discriminators
+from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.codecs.training import MEL_ONLY, SoundStreamTrainer
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.trainers import CoarseTransformerTrainer, FineTransformerTrainer, SemanticTransformerTrainer
+from audiolm_pytorch.semantic import BestRQEncoder
 from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer
 from musiclm_pytorch.melody.trainer import MelodyTrainer
+from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.mulan.captions import CaptionSampler
 from musiclm_pytorch.mulan.trainer import MuLaNTrainer
 from musiclm_pytorch.pipeline.builders import (
@@ -42,26 +45,29 @@ _STAGE_TRAINERS: dict[str, Any] = {
 Items = tuple[Sequence[AudioItem], Sequence[AudioItem]]
 
 
-def codec_trainer(preset: Preset, items: Items, **loop: Any) -> SoundStreamTrainer:
-    """Build an untrained codec and its trainer, which has discriminators or the mel distance as the only loss."""
+def codec_trainer(preset: Preset, items: Items, codec: SoundStream | None = None, **loop: Any) -> SoundStreamTrainer:
+    """Build the trainer of a codec, which has discriminators or the mel distance as the only loss; None = a new one."""
     run, is_adversarial = preset.codec.run, preset.codec.adversarial
+    codec = build_codec(preset) if codec is None else codec
     return SoundStreamTrainer(
-        build_codec(preset),
+        codec,
         items=items,
         data_max_length_seconds=run.seconds,
         loss_weights=None if is_adversarial else MEL_ONLY,
-        discriminators=soundstream_discriminators() if is_adversarial else None,
+        discriminators=soundstream_discriminators(channels=codec.channels) if is_adversarial else None,
         **loop_settings(run),
         **loop,
     )
 
 
-def semantic_tokenizer_trainer(preset: Preset, items: Items, **loop: Any) -> SemanticTokenizerTrainer:
-    """Build an untrained semantic encoder and its trainer."""
-    run, encoder = preset.semantic_tokenizer.run, build_semantic_encoder(preset)
+def semantic_tokenizer_trainer(
+    preset: Preset, items: Items, encoder: BestRQEncoder | None = None, **loop: Any
+) -> SemanticTokenizerTrainer:
+    """Build the trainer of a semantic encoder; None = a new one."""
+    run, encoder = preset.semantic_tokenizer.run, build_semantic_encoder(preset) if encoder is None else encoder
     return SemanticTokenizerTrainer(
         encoder=encoder,
-        objective=build_semantic_objective(preset, encoder),
+        objective=build_semantic_objective(encoder),
         items=items,
         seconds=run.seconds,
         **loop_settings(run),
@@ -69,11 +75,19 @@ def semantic_tokenizer_trainer(preset: Preset, items: Items, **loop: Any) -> Sem
     )
 
 
-def mulan_trainer(preset: Preset, items: Items, captions: Sequence[str], *, seed: int, **loop: Any) -> MuLaNTrainer:
-    """Build an untrained MuLaN, whose text tokenizer is trained on the captions, and its trainer."""
+def mulan_trainer(
+    preset: Preset,
+    items: Items,
+    captions: Sequence[str],
+    *,
+    seed: int,
+    mulan: JointEmbedding | None = None,
+    **loop: Any,
+) -> MuLaNTrainer:
+    """Build the trainer of a MuLaN; None = a new one, whose text tokenizer is trained on the captions."""
     m = preset.mulan
     return MuLaNTrainer(
-        mulan=build_mulan(preset, captions),
+        mulan=build_mulan(preset, captions) if mulan is None else mulan,
         items=items,
         seconds=m.run.seconds,
         captions=CaptionSampler(caption_dropout=m.caption_dropout, seed=seed),
@@ -99,6 +113,7 @@ def stage_trainer(preset: Preset, transformer: StageTransformer, stage: str, **d
         data_max_length_seconds=config.run.seconds,
         objective=config.objective,
         text_prob=config.text_prob,
+        sample_every=max(1, config.run.num_train_steps // 2),
         **loop_settings(config.run),
         **data_and_loop,
     )

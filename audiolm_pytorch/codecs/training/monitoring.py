@@ -1,14 +1,12 @@
 """Validation of a codec in training: distances, codebook usage, audio files, and a warning if nothing improves."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.audio.files import peak_safe, write_audio
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs.distances import si_sdr_db
 from audiolm_pytorch.codecs.quantizers.base import code_usage, usage_of_counts
@@ -18,7 +16,7 @@ from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
 from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.training.distributed import map_over_processes
 
-__all__ = ["CodeUsage", "MelWarning", "denoising_metrics", "reconstruct", "reconstruction_metrics", "write_pairs"]
+__all__ = ["CodeUsage", "MelWarning", "denoising_metrics", "reconstruct", "reconstruction_metrics"]
 
 _WINDOW_DECAY = 0.98
 _STILL_USED = 0.1  # a code that was used once counts for log(0.1) / log(0.98) = 114 batches
@@ -141,18 +139,6 @@ def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def _si_sdr_db(estimate: Tensor, target: Tensor) -> float:
     """Return the SI-SDR (dB) of waves `[1, c, n]`; all channels are concatenated into one signal."""
     return float(si_sdr_db(rearrange(estimate, "1 c n -> (c n)"), rearrange(target, "1 c n -> (c n)")))
-
-
-@torch.no_grad()
-def write_pairs(
-    folder: Path, step: int, originals: Sequence[Tensor], reconstructions: Sequence[Tensor], sample_hz: int
-) -> None:
-    """Write waves `[1, c, n]` and their reconstructions as WAV files; existing files are replaced."""
-    for number, (original, reconstruction) in enumerate(zip(originals, reconstructions, strict=True), start=1):
-        # a diverged codec may return NaN, which no file can hold
-        finite = torch.nan_to_num(reconstruction[0].float(), posinf=0.0, neginf=0.0)
-        write_audio(folder / f"{number}_original.wav", peak_safe(original[0]), sample_hz)
-        write_audio(folder / f"{number}_step_{step:07d}.wav", peak_safe(finite), sample_hz)
 
 
 class MelWarning:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,6 @@ from audiolm_pytorch.codecs.training.monitoring import (
     denoising_metrics,
     reconstruct,
     reconstruction_metrics,
-    write_pairs,
 )
 from audiolm_pytorch.data.batches import padded_waves
 from audiolm_pytorch.data.crops import CropDataset
@@ -33,6 +31,7 @@ from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.training import LossOutput, Phase
 from audiolm_pytorch.training.arguments import trainer_arguments
 from audiolm_pytorch.training.distributed import to_device
+from audiolm_pytorch.training.samples import Sample
 from audiolm_pytorch.training.tracking import progress_bar
 
 __all__ = ["MEL_ONLY", "CodecBatch", "CodecLossWeights", "CodecTask", "codebooks_are_untrained"]
@@ -178,11 +177,15 @@ class CodecTask:
     def before_training(self) -> None:
         """Do nothing; the codebooks are initialised at step `unquantized_steps`, after some training of the encoder."""
 
-    def samples(self, folder: Path, step: int) -> None:
-        """Write the first validation crops and their reconstructions as WAV files."""
-        waves = [self._validation_wave(number) for number in range(min(_NUM_PAIRS, self.num_validation_crops))]
-        decoded = [reconstruct(self.codec, wave, self._quantizes) for wave in waves]
-        write_pairs(folder, step, waves, decoded, self.codec.target_sample_hz)
+    def samples(self, step: int) -> list[Sample]:
+        """Return the first validation crops and their reconstructions."""
+        samples, rate_hz = [], self.codec.target_sample_hz
+        for number in range(min(_NUM_PAIRS, self.num_validation_crops)):
+            wave, name = self._validation_wave(number), str(number + 1)
+            codes = self.codec.tokenize(wave)[0] if self._quantizes else None
+            samples.append(Sample(f"{name}_original", wave[0], rate_hz, is_reference=True))
+            samples.append(Sample(name, reconstruct(self.codec, wave, self._quantizes)[0], rate_hz, codes=codes))
+        return samples
 
     def validate(self) -> dict[str, float]:
         """Compute `reconstruction_metrics` and, with noise, `denoising_metrics` on the first validation crops."""

@@ -1,7 +1,7 @@
 """Trainer of a semantic tokenizer: BEST-RQ training of an encoder, and k-means on a layer of the encoder."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from audiolm_pytorch.semantic.kmeans_trainer import KMeansFit, KMeansTrainer
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
 from audiolm_pytorch.training.arguments import trainer_arguments
 from audiolm_pytorch.training.distributed import map_over_processes
+from audiolm_pytorch.training.samples import Sample
 from audiolm_pytorch.training.tracking import progress_bar
 
 if TYPE_CHECKING:
@@ -75,8 +76,9 @@ class BestRQTask:
             num_hidden * torch.stack((out.loss, out.accuracy, out.majority, torch.ones_like(out.loss))).double().cpu()
         )
 
-    def samples(self, folder: Path, step: int) -> None:
-        """Do nothing, because BEST-RQ has no audio output."""
+    def samples(self, step: int) -> Sequence[Sample]:
+        """Return no samples, since an encoder generates no audio."""
+        return ()
 
     def before_training(self) -> None:
         """Fit the statistics of the front end and of the targets on crops that are spread over all training files."""

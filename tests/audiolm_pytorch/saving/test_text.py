@@ -33,6 +33,18 @@ def test_a_pattern_without_arguments_is_no_pattern(caplog: pytest.LogCaptureFixt
     assert caplog.messages == ["100% of 50%s\\n", "at 90%"] * 2
 
 
+def test_warnings_come_from_the_first_process(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under torchrun, every process finds the same files; errors and what only one process knows are always logged."""
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        logger_named("audiolm_pytorch.test").warning("left out of %s", rank)
+        logger_named("audiolm_pytorch.test").error("error of %s", rank)
+        logger_named("audiolm_pytorch.test_each", every_process=True).warning("batch of %s", rank)
+    assert caplog.messages == ["left out of 0", "error of 0", "batch of 0", "error of 1", "batch of 1"]
+
+
 def test_every_logger_of_the_library_escapes() -> None:
     """No module asks Python for a logger directly."""
     files = [file for package in ("audiolm_pytorch", "musiclm_pytorch") for file in (ROOT / package).rglob("*.py")]

@@ -259,7 +259,9 @@ def test_metrics_hold_the_chance_level_and_means(tmp_path: Path) -> None:
     every_step.train()
     fine = [row["loss"] for row in rows_of(tmp_path / "fine") if row["phase"] == "main"]
     assert rows[1]["loss"] == pytest.approx(sum(fine[1:4]) / 3)
-    assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == ["10.txt", "12.txt", "5.txt"]
+    assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == [
+        f"1_step_00000{step:02d}.wav" for step in (5, 10, 12)
+    ]
 
 
 def test_infinite_metrics_do_not_break_files(tmp_path: Path) -> None:

@@ -165,6 +165,14 @@ def test_other_settings_continue_on_request(
     assert again.train() == result
 
 
+def test_other_settings_of_a_finished_run_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The record of the end and the checkpoint both differ from the new settings."""
+    TrainLoop(ToyTask(), SETTINGS, tmp_path).train()
+    steps = SETTINGS.num_train_steps + 1
+    TrainLoop(ToyTask(), replace(SETTINGS, num_train_steps=steps, allow_changed=("num_train_steps",)), tmp_path).train()
+    assert len([text for text in caplog.messages if "continues" in text]) == 1
+
+
 def test_names_that_no_setting_has_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With similar names; names of settings that did not change are no mistake."""
     TrainLoop(ToyTask(), SETTINGS, tmp_path).train(stop_after_steps=1)

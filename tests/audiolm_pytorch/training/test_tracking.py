@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
-from audiolm_pytorch.audio import write_audio
 from audiolm_pytorch.training import TrainLoop, tracking
 from audiolm_pytorch.training.distributed import create_accelerator
+from audiolm_pytorch.training.samples import Sample
 from audiolm_pytorch.training.tracking import ProgressLog
 from tests.helpers.toy_training import SETTINGS, ToyTask, rows_of
 
@@ -73,8 +73,8 @@ def test_tensorboard_has_numbers_and_audio(tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
     class WithSamples(ToyTask):
-        def samples(self, folder: Path, step: int) -> None:
-            write_audio(folder / f"1_step_{step:07d}.wav", torch.zeros(1, 800), 8000)
+        def samples(self, step: int) -> list[Sample]:
+            return [Sample("1", torch.randn(1, 4000), 8000, codes=torch.randint(8, (10, 2)))]
 
     accelerator = create_accelerator(["tensorboard"], tmp_path / "trackers")
     TrainLoop(WithSamples(), SETTINGS, tmp_path / "run", accelerator).train()
@@ -83,6 +83,8 @@ def test_tensorboard_has_numbers_and_audio(tmp_path: Path) -> None:
     assert [event.step for event in found.Scalars("main/loss")] == steps
     audio = found.Audio("samples/1")[-1]
     assert audio.sample_rate == 8000 and audio.step == SETTINGS.num_train_steps
+    assert found.Images("spectrograms/1")[-1].width > 10
+    assert {"codes/1/level_1", "codes/1/level_2"} == set(found.Tags()["histograms"])
 
 
 def test_progress_is_logged_without_a_terminal(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.saving.files import read_weights, write_weights
 from audiolm_pytorch.saving.weights import weights_of
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop
+from audiolm_pytorch.training.samples import Sample
 from tests.helpers.processes import run_two_processes
 
 SETTINGS = LoopSettings(
@@ -58,9 +59,8 @@ class JoinedTask:
     def validate(self) -> dict[str, float]:
         return {"loss": float(self.module["linear"](self.data).pow(2).mean())}
 
-    def samples(self, folder: Path, step: int) -> None:
-        folder.mkdir(exist_ok=True)
-        (folder / f"{step}-{self.rank}.txt").write_text("")
+    def samples(self, step: int) -> list[Sample]:
+        return [Sample(str(self.rank), torch.zeros(80), 8000)]
 
     def before_training(self) -> None:
         nn.init.normal_(self.module["linear"].bias)
@@ -117,7 +117,10 @@ def test_two_processes_agree_on_bad_steps_buffers_and_metrics(tmp_path: Path) ->
     assert int(weights["calls"]) == 2 * 7
     rows = (tmp_path / "straight" / "metrics.jsonl").read_text()
     assert '"rank0": 0.0, ' in rows and '"rank1": 1.0, ' in rows and '"skipped": 1' in rows
-    assert sorted(path.name for path in (tmp_path / "straight" / "samples").iterdir()) == ["4-0.txt", "8-0.txt"]
+    assert sorted(path.name for path in (tmp_path / "straight" / "samples").iterdir()) == [
+        "0_step_0000004.wav",
+        "0_step_0000008.wav",
+    ]
 
 
 if __name__ == "__main__":

@@ -164,14 +164,15 @@ def test_a_run_keeps_no_training_files_and_few_copies_of_weights(micro_run):
 
 
 def test_a_run_has_music_of_the_whole_model(micro_run):
-    """Music for captions of held-out files, as long as a training crop; steps without samples have no empty folder."""
+    """Music for captions of held-out files, and audio of the steps that have it; others have no empty folder."""
     waves = sorted((micro_run / "samples").glob("*.wav"))
     assert 1 <= len(waves) <= 3
     for wave in waves:
         assert soundfile.info(wave).duration == MICRO.semantic.run.seconds
         assert "tone" in wave.with_suffix(".txt").read_text()
-    assert (micro_run / "codec" / "samples").is_dir()
-    assert not any((micro_run / step / "samples").exists() for step in ("semantic", "coarse", "fine", "mulan"))
+    for step in ("codec", "mulan", "coarse", "fine"):
+        assert list((micro_run / step / "samples").glob("*_step_0000012.wav")), step
+    assert not any((micro_run / step / "samples").exists() for step in ("semantic", "semantic-tokenizer"))
 
 
 def test_settings_of_a_run_change_on_request(micro_data, micro_run, tmp_path, caplog):

@@ -75,7 +75,7 @@ def test_presets_keep_the_defaults_of_best_rq(name):
     encoder = builders.build_semantic_encoder(preset)
     default = BestRQEncoder(dim=s.dim, depth=s.depth, heads=s.heads, dim_head=s.dim // s.heads)
     assert encoder.config == default.config
-    objective, plain = builders.build_semantic_objective(preset, encoder), BestRQ(default)
+    objective, plain = builders.build_semantic_objective(encoder), BestRQ(default)
     assert (objective.start_prob, objective.span_tokens) == (plain.start_prob, plain.span_tokens)
     parts = {"codec": codec, "tokenizer": tokenizer}
     stages = {stage: builders.build_stage(preset, stage, **parts).config for stage in ("semantic", "coarse")}
@@ -116,7 +116,7 @@ def test_semantic_encoder_of_every_rate_trains(sample_hz, token_hz, micro_data, 
     """The encoder trains at every rate, with masked spans of 160 ms and the same share of masked audio."""
     preset = semantic_preset(sample_hz, token_hz)
     encoder = builders.build_semantic_encoder(preset)
-    objective = builders.build_semantic_objective(preset, encoder)
+    objective = builders.build_semantic_objective(encoder)
     assert objective.span_tokens / token_hz == 0.16
     run = {"batch_size": 4, "num_train_steps": 2, "warmup_steps": 1, "seconds": 1.0, "results_folder": tmp_path}
     trainer = SemanticTokenizerTrainer(encoder=encoder, objective=objective, folder=micro_data, **run)
