@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Iterable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from audiolm_pytorch.saving.text import one_line
 __all__ = ["HuggingFaceDataset", "hf_entries", "write_tars"]
 
 _FORMAT_VERSION = 1
+_PARTIAL = ".partial"
 _STATE_FILE = ".stream.json"  # hidden, as it is not a caption
 
 
@@ -143,15 +145,17 @@ def write_tars(dataset: HuggingFaceDataset, folder: str | Path, rows_per_tar: in
                 raise ValueError(f"{folder} contains rows of another data set; use another folder: {'; '.join(lines)}")
             state = stored
             rows.load_state_dict(stored["position"])
+        for leftover in folder.glob(f".*{_PARTIAL}"):  # of processes that were killed
+            leftover.unlink()
         stream = iter(rows)
         while not state["is_complete"]:
-            part = list(islice(stream, rows_per_tar))
-            if part:
-                _write_tar(folder / f"{state['num_rows'] // rows_per_tar:06d}{TAR_SUFFIX}", part, rows, column, state)
-            elif not state["num_rows"]:
+            path = folder / f"{state['num_rows'] // rows_per_tar:06d}{TAR_SUFFIX}"
+            members = (_members(rows, column, row, number) for number, row in enumerate(stream, state["num_rows"]))
+            num_written = _write_tar(path, islice(members, rows_per_tar))
+            if not state["num_rows"] + num_written:
                 raise ValueError("the data set has no rows; pass at least one row")
-            state["num_rows"] += len(part)
-            state |= {"is_complete": len(part) < rows_per_tar, "position": rows.state_dict()}
+            state["num_rows"] += num_written
+            state |= {"is_complete": num_written < rows_per_tar, "position": rows.state_dict()}
             write_json(file, {"format_version": _FORMAT_VERSION, **state}, sealed=True)
     return folder
 
@@ -164,26 +168,34 @@ def _is_shuffled(stream: Any) -> bool:
     return step is not None
 
 
-def _write_tar(path: Path, part: list[dict[str, Any]], rows: Any, column: str, state: dict[str, Any]) -> None:
-    """Write rows to an archive, which gets its name when it is complete. Equal rows lead to equal bytes."""
-    partial_file = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def _members(rows: Any, column: str, row: dict[str, Any], number: int) -> dict[str, bytes]:
+    """Return the members of an archive for a row: its audio, and its other columns as JSON."""
+    sound = row.pop(column)
+    data = _encoded(sound)
+    suffix = _suffix((sound or {}).get("path"), data)
+    return {f"{number:09d}{suffix}": data, f"{number:09d}.json": _json(_fields(rows, row), number)}
+
+
+def _write_tar(path: Path, samples: Iterable[dict[str, bytes]]) -> int:
+    """Write the members of samples to an archive, and return the number of samples; without any, nothing is written.
+
+    The archive gets its name when it is complete. Equal samples lead to equal bytes.
+    """
+    partial_file = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
+    num_samples = 0
     try:
         with tarfile.open(partial_file, "w") as tar:
-            for number, row in enumerate(part, state["num_rows"]):
-                sound = row.pop(column)
-                data = _encoded(sound)
-                stem = f"{number:09d}"
-                _add(tar, f"{stem}{_suffix((sound or {}).get('path'), data)}", data)
-                _add(tar, f"{stem}.json", _json(_fields(rows, row), number))
-        os.replace(partial_file, path)
+            for sample in samples:
+                num_samples += 1
+                for name, data in sample.items():
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        if num_samples:
+            os.replace(partial_file, path)
     finally:
         partial_file.unlink(missing_ok=True)
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+    return num_samples
 
 
 def _suffix(path: str | None, data: bytes) -> str:

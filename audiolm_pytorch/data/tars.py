@@ -122,13 +122,15 @@ def _members(archive: Path) -> Iterator[tuple[PurePosixPath, _Span | Rejected]]:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # millions of members would fill the memory
                 name = PurePosixPath(member.name)
+                if any(part.startswith(".") and part != ".." for part in name.parts):
+                    continue  # hidden, such as ._song.wav of macOS
                 reason = _reason(name, member)
                 span = _Span(archive, member.offset_data, member.size, num_bytes)
                 if reason is None and span.start + span.num_bytes > num_bytes:
                     raise tarfile.ReadError(f"the archive ends in the member {name}")
                 if reason is not None:
                     yield name, Rejected(archive / name.name, reason)
-                elif name.suffix.lower() in (*AUDIO_SUFFIXES, *SIDECAR_SUFFIXES) and not name.name.startswith("."):
+                elif name.suffix.lower() in (*AUDIO_SUFFIXES, *SIDECAR_SUFFIXES):
                     yield name, span
             with archive.open("rb") as file:
                 file.seek(tar.offset)
