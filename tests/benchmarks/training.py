@@ -17,8 +17,8 @@ the same stage with a HuBERT of base size (0.9 s of CPU time for 5 s of sound, w
 
 import argparse
 import json
+import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -70,24 +70,21 @@ def batch_seconds(load: Callable[[Any], Any], num_items: int, batch_size: int, c
 
     On the clock of the CPU, it is the time that the busiest of the processes needs for a batch.
     """
-    plan, before = BatchPlan(num_items, batch_size, seed=0), _children_seconds()
-    with loaded_batches(load, plan, range(count + 1 + 2 * workers), workers) as batches:
-        for _ in range(1 + 2 * workers):  # with those that the workers load ahead
+    plan, ahead = BatchPlan(num_items, batch_size, seed=0), 2 * workers  # batches that workers load ahead
+    with loaded_batches(load, plan, range(count + 2 * ahead + 1), workers) as batches:
+        for _ in range(1 + ahead):
             next(batches)
-        start = clock()
+        start, start_of_workers = clock(), _workers_seconds()
         for _ in range(count):
             next(batches)
-        seconds = (clock() - start) / count
-    if clock is time.process_time and workers:
-        num_batches = count + 1 + 2 * workers
-        return max(seconds, (_children_seconds() - before) / num_batches / workers)
-    return seconds
+        seconds, of_workers = clock() - start, _workers_seconds() - start_of_workers
+    return max(seconds, of_workers / max(workers, 1)) / count if clock is time.process_time else seconds / count
 
 
-def _children_seconds() -> float:
-    """CPU time of the processes that have ended, such as workers."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+def _workers_seconds() -> float:
+    """CPU time of the running worker processes (Linux)."""
+    files = [Path(f"/proc/{worker.pid}/schedstat") for worker in multiprocessing.active_children()]
+    return sum(int(file.read_text().split()[0]) for file in files) / 1e9
 
 
 def worker_gain(items: list[AudioItem], count: int) -> float:
@@ -97,7 +94,6 @@ def worker_gain(items: list[AudioItem], count: int) -> float:
     def load(pairs: list[tuple[int, int]]) -> Any:
         return collate_crops([crops.get(*pair) for pair in pairs])
 
-    # many batches, since the start of the workers counts as CPU time
     pairs = [[batch_seconds(load, len(items), 4, 6 * count, workers) for workers in (0, 2)] for _ in range(3)]
     return statistics.median(none / two for none, two in pairs)
 
