@@ -1,6 +1,7 @@
 """Models that the training pipeline trains further, split into the parts of its steps."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,12 +11,15 @@ from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
+from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.semantic import BestRQEncoder, KMeansTokenizer, SemanticTokenizer
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.pipeline.builders import STAGES
 
-__all__ = ["START_KINDS", "FineTuning"]
+__all__ = ["START_KINDS", "FineTuning", "warn_of_unread_captions"]
+
+logger = logger_named(__name__)
 
 # Kinds of models for the steps that train one part; all other steps start from a MusicLM.
 START_KINDS: dict[str, Any] = {"codec": Codec, "semantic-tokenizer": SemanticTokenizer, "mulan": JointEmbedding}
@@ -69,6 +73,15 @@ class FineTuning:
             return {}
         sampling = {name: asdict(settings) for name, settings in self.model.audio_lm.sampling.items()}
         return {"sampling": sampling, "num_levels": self.model.num_levels}
+
+
+def warn_of_unread_captions(stage: str, captions: Sequence[str], text_prob: float) -> None:
+    """Log a warning if the captions of few recordings have no influence on a stage."""
+    if captions and text_prob == 0:
+        logger.warning(
+            "the %s stage is trained further without the captions, since text_prob=0; set --%s.text-prob 0.9",
+            *(stage, stage),
+        )
 
 
 def _parts(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:

@@ -38,7 +38,7 @@ from musiclm_pytorch.mulan.captions import aspects_of
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.pipeline import run_folder
 from musiclm_pytorch.pipeline.builders import STAGES, build_quantizer, build_stage
-from musiclm_pytorch.pipeline.fine_tuning import FineTuning
+from musiclm_pytorch.pipeline.fine_tuning import FineTuning, warn_of_unread_captions
 from musiclm_pytorch.pipeline.presets import Preset
 from musiclm_pytorch.pipeline.pretrained_parts import PRETRAINED_KINDS, check_pretrained
 from musiclm_pytorch.pipeline.samples import MAX_SAMPLE_SECONDS, write_samples
@@ -370,6 +370,7 @@ class Pipeline:
         options: dict[str, Any] = {}
         if step in self.start.trained:
             transformer = self.start.copy_of(step)
+            warn_of_unread_captions(step, self.captions, getattr(preset, stage).text_prob)
             options["lora_rank"] = self.start.lora_rank
         elif step == stage:
             tokenizer, codec = self._load("semantic-tokenizer", SemanticTokenizer), self._load("codec", Codec)

@@ -57,12 +57,14 @@ def test_one_stage_is_trained_further(
 
 @pytest.mark.slow
 def test_updates_of_low_rank_are_small_and_merged(
-    micro_run: Path, micro_data: Path, tmp_path: Path, musiclm_command: Callable[..., int]
+    micro_run: Path, micro_data: Path, tmp_path: Path, musiclm_command: Callable[..., int], caplog
 ) -> None:
     """A model has merged weights; the updates alone, added to the first model, are the same model."""
     model, out = micro_run / "model", tmp_path / "out"
     options = ["--preset", "micro", "--data", micro_data, "--out", out, "--from", model]
-    assert musiclm_command("train", "all", *options, "--lora-rank", 2) == 0
+    assert musiclm_command("train", "all", *options, "--lora-rank", 2, "--coarse.text-prob", 0.5) == 0
+    unread = [text for text in caplog.messages if "without the captions" in text]
+    assert [text.split()[1] for text in unread] == ["semantic", "fine"]  # the preset has text_prob=0
     first, second = MusicLM.from_pretrained(model), MusicLM.from_pretrained(out / "model")
     for stage in STAGES:
         found = changed(weights(first, stage), weights(second, stage))
