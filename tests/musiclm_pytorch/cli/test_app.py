@@ -304,8 +304,8 @@ def test_export(musiclm_command, micro_run, tmp_path, capsys):
 
 # Words that are no command or no option, each with a pattern of the message.
 BAD_ARGUMENTS = r"""
-no command |  | a command is missing.*generate, train
-unknown command | sing | no command musiclm sing; the commands are generate, train
+no command |  | a command is missing.*generate, 
+unknown command | sing | no command musiclm sing; the commands are generate, 
 misspelt command | generat x | no command musiclm generat; did you mean generate
 misspelt second word | codec encod x | no command musiclm codec encod; did you mean encode
 missing text | generate | the text is empty; describe the music
