@@ -11,6 +11,7 @@ from audiolm_pytorch.semantic.best_rq import model as best_rq_model
 from audiolm_pytorch.training.checkpoint import CheckpointFolder
 from tests.helpers.processes import run_two_processes
 from tests.helpers.quiet_trainers import RANDOM_MASK, SHARDED, every_other_token, quiet_trainers, write_data
+from tests.helpers.toy_training import rows_of
 
 # Trainers whose runs are interrupted: one of language models, and one with scalars and chunks.
 RESUMED = ("semantic", "mulan")
@@ -57,6 +58,9 @@ def test_two_processes_equal_one_process(tmp_path: Path, monkeypatch: pytest.Mon
         straight, parts = (CheckpointFolder(tmp_path / kind / name).read() for kind in ("fsdp", "parts"))
         for kind, tensors in straight.tensors.items():
             assert all(torch.equal(value, parts.tensors[kind][key]) for key, value in tensors.items())
+        metrics = [[{**row, "majority": None} for row in rows_of(tmp_path / way / name)] for way in ("fsdp", "one")]
+        for row, expected in zip(*metrics, strict=True):
+            assert row == pytest.approx(expected, rel=1e-3, abs=1e-6), name
     compared = {
         "ddp": tuple(one),
         "fsdp": SHARDED,

@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -286,11 +286,14 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
         self.task.module.train()
 
-    def _weights_of_validation(self) -> AbstractContextManager[None]:
-        """Return a context in which the module has the EMA weights, if there are any, and whole ones."""
-        if self.sharding is not None:
-            return self.sharding.plain({} if self.ema is None else self.ema.weights())
-        return nullcontext() if self.ema is None else self.ema.in_place()
+    @contextmanager
+    def _weights_of_validation(self) -> Iterator[None]:
+        """Use whole weights of the module inside a `with` statement, those of the EMA if there is one."""
+        weights = {} if self.ema is None else self.ema.weights()
+        # of a sharded module, the EMA exchanges only the parameters that are not sharded
+        with nullcontext() if self.ema is None else self.ema.in_place():
+            with nullcontext() if self.sharding is None else self.sharding.plain(weights):
+                yield
 
     def _report(self, phase: str, values: dict[str, float], extra: dict[str, Any]) -> None:
         """Store the latest metrics of a phase, and write a row with the metrics and their chance levels."""

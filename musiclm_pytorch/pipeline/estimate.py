@@ -323,7 +323,9 @@ def training_memory(
 ) -> int:
     """Estimate the bytes for trained parameters, and for what `loss` keeps of `num_crops` crops for gradients."""
     one, two = (_saved_bytes(partial(_forward, loss, number, run, device)) if num_crops else 0 for number in (1, 2))
-    bytes_per_parameter = _MEMORY_PER_PARAMETER + (_BUCKET_BYTES if num_processes > 1 else 0)
+    bytes_per_parameter: float = _MEMORY_PER_PARAMETER + (_BUCKET_BYTES if num_processes > 1 else 0)
+    if run.fsdp:
+        bytes_per_parameter = _MEMORY_PER_PARAMETER / num_processes
     return round(num_parameters * bytes_per_parameter + (two - one) * num_crops)
 
 

@@ -106,6 +106,17 @@ def test_compiled_blocks_share_their_code(tmp_path: Path, monkeypatch: pytest.Mo
     assert 1 <= len(graphs) <= 3
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_compiled_blocks_train_on_a_gpu(tmp_path: Path, precision: str) -> None:
+    """Half precision, recomputed and compiled blocks together are near float32."""
+    losses = []
+    for settings in (SETTINGS, replace(SETTINGS, precision=precision, compile=True, checkpoint_blocks=True)):
+        folder = tmp_path / settings.precision
+        losses.append(TrainLoop(stack_task(dropout=0.0), settings, folder).train().metrics["main.loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
 def test_settings_of_blocks_need_a_transformer(tmp_path: Path) -> None:
     """Another model would ignore them."""
     task = overflowing_task(0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from musiclm_pytorch.pipeline import estimate as module
-from musiclm_pytorch.pipeline.estimate import DEVICES, _Probe, estimate, estimate_steps
+from musiclm_pytorch.pipeline.estimate import DEVICES, _Probe, estimate, estimate_steps, training_memory
 from musiclm_pytorch.pipeline.pipeline import Pipeline
 from musiclm_pytorch.pipeline.trainers import NUM_VALIDATIONS
 from tests.helpers.micro import MICRO
@@ -81,6 +81,14 @@ def test_validation_is_part_of_the_time(micro_data: Path, tmp_path: Path, monkey
         [row] = estimate_steps(pipeline, "fine")
         crops = num_steps * run.batch_size + len(pipeline.valid_items) * NUM_VALIDATIONS / 3
         assert row.seconds == pytest.approx(crops)
+
+
+def test_sharded_parameters_need_less_memory() -> None:
+    """Every process holds its share of 16 bytes per parameter, or all of them and the buckets of gradients."""
+    options = {"num_parameters": 1000, "loss": None, "device": torch.device("cpu"), "num_crops": 0, "num_processes": 4}
+    run = MICRO.semantic.run
+    assert training_memory(run=run, **options) == 20_000
+    assert training_memory(run=replace(run, fsdp=True), **options) == 4000
 
 
 @pytest.mark.slow
