@@ -37,11 +37,10 @@ class Web(ModelOptions):
     def execute(self) -> int:
         """Serve until a signal arrives."""
         from musiclm_pytorch.web.request import Limits
-        from musiclm_pytorch.web.server import MusicServer, bound_socket, require_gradio
+        from musiclm_pytorch.web.server import MusicServer, listen
 
-        require_gradio()
         limits = Limits(seconds=self.max_seconds, candidates=self.max_candidates, jobs=self.max_jobs)
-        bound_socket(self.host, self.port).close()  # a mistake ends the command before the models are loaded
+        listen(self.host, self.port, self.token).close()  # a mistake ends the command before the models are loaded
         models = {name: self._load(name) for name in self.model}
         with MusicServer(models, host=self.host, port=self.port, token=self.token, limits=limits) as server:
             query = "" if server.token is None else f"/?token={server.token}"

@@ -89,7 +89,6 @@ def build_page(studio: Studio) -> gr.Blocks:
             show,
             [inputs[name] for name in names],
             result,
-            scroll_to_output=True,
             show_progress="hidden",
             api_visibility="private",
         )
@@ -110,7 +109,7 @@ def _build_inputs(studio: Studio) -> dict[str, gr.components.Component]:
     gr.Examples([[example] for example in _EXAMPLES], text, label="Examples", api_visibility="private")
     model = gr.Dropdown(list(models), label="Model", visible=len(models) > 1, allow_custom_value=True)
     with gr.Row():
-        seconds = gr.Number(5, label="Seconds", info=f"At most {limits.seconds:g}", min_width=120)
+        seconds = gr.Number(5, label="Seconds", info=f"At most {limits.seconds:g}, in total", min_width=120)
         candidates = gr.Number(
             min(4, limits.candidates),
             label="Candidates",
@@ -128,7 +127,7 @@ def _build_inputs(studio: Studio) -> dict[str, gr.components.Component]:
         )
     live = gr.Checkbox(label="Play while it is generated", info="Only the best candidate is completed.")
     with gr.Accordion("More: recordings, story, negative text", open=False):
-        continue_from = _recording("Continue a recording; its length counts towards the seconds")
+        continue_from = _recording("Continue a recording")
         melody = _recording("Follow a melody", visible=any(map(follows_melodies, models.values())))
         story = gr.Textbox(
             "",
@@ -153,7 +152,8 @@ def _build_inputs(studio: Studio) -> dict[str, gr.components.Component]:
 
 
 def _recording(label: str, **options: Any) -> gr.Audio:
-    return gr.Audio(label=label, sources=["upload", "microphone"], type="filepath", **options)
+    # The button "share" would upload the recording to a public site.
+    return gr.Audio(label=label, sources=["upload", "microphone"], type="filepath", buttons=["download"], **options)
 
 
 def _line(error: Exception) -> str:

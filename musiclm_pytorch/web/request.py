@@ -150,7 +150,7 @@ class WebRequest:
     @property
     def first_seed(self) -> int:
         """The seed of the first candidate; a random seed is another one at every call."""
-        return secrets.randbelow(2**31) if self.seed is None else self.seed
+        return secrets.randbelow(10**6) if self.seed is None else self.seed
 
 
 def _check_upload(name: str, path: Path, max_seconds: float) -> None:

@@ -57,4 +57,13 @@ function playChunks({ chunks = [], sample_hz, running }) {
   }
 }
 
-watch("value", () => playChunks(props.value || {}));
+let wasRunning;
+
+watch("value", () => {
+  const value = props.value || {};
+  playChunks(value);
+  // On a narrow window the result is below the form.
+  const isNew = value.running !== wasRunning || value.error;
+  if (isNew && window.innerWidth < 768) element.scrollIntoView({ behavior: "smooth" });
+  wasRunning = value.running;
+});

@@ -8,13 +8,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.saving.text import one_line
 from musiclm_pytorch.web.request import Limits, Model
 from musiclm_pytorch.web.studio import Studio
 
@@ -66,19 +66,20 @@ class MusicServer:
         token: str | None = None,
         limits: Limits | None = None,
     ) -> None:
-        require_gradio()
         if not models:
             raise ValueError("got no models; pass at least one, e.g. {'tiny': MusicLM.from_pretrained('tiny')}")
-        if token is not None and len(token) < _MIN_TOKEN_LETTERS:
-            raise ValueError(f"the token must have at least {_MIN_TOKEN_LETTERS} letters, got {len(token)}")
         self.models, self.limits = models, limits or Limits()
         self.token = secrets.token_urlsafe(16) if token is None and not _is_loopback(host) else token
-        self._socket = bound_socket(host, port)
+        self._socket = listen(host, port, token)
         address = f"[{host}]" if ":" in host else socket.gethostname() if host == "0.0.0.0" else host
         self.url = f"http://{address}:{self._socket.getsockname()[1]}"
 
     def __enter__(self) -> "MusicServer":
         """Start to serve."""
+        self.folder = Path(tempfile.mkdtemp(prefix="musiclm-web-")).resolve()
+        self._environment = os.environ.get("GRADIO_TEMP_DIR")
+        os.environ["GRADIO_TEMP_DIR"] = str(self.folder)
+
         import gradio
         import uvicorn
         from fastapi import FastAPI
@@ -86,9 +87,6 @@ class MusicServer:
 
         from musiclm_pytorch.web.page import CSS, THEME, build_page
 
-        self.folder = Path(tempfile.mkdtemp(prefix="musiclm-web-")).resolve()
-        self._environment = os.environ.get("GRADIO_TEMP_DIR")
-        os.environ["GRADIO_TEMP_DIR"] = str(self.folder)
         self.studio = Studio(self.models, self.limits, self.folder)
         page = build_page(self.studio)
         # Gradio sets this only in `launch`. Without it, the API would accept paths of files that were not uploaded.
@@ -127,16 +125,13 @@ class MusicServer:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def require_gradio() -> None:
-    """Raise an ImportError that contains the `pip install` command if gradio is missing."""
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f'the web page needs gradio: pip install "musiclm[web]" ({one_line(error)})') from error
-
-
-def bound_socket(host: str, port: int) -> socket.socket:
-    """Return a socket at an address; the OSError for an address that cannot be used contains the fix."""
+def listen(host: str, port: int, token: str | None) -> socket.socket:
+    """Check the token, and that gradio is installed, and listen at an address."""
+    # Its import would create files in the folder for temporary files.
+    if find_spec("gradio") is None:
+        raise ImportError('the web page needs gradio: pip install "musiclm[web]"')
+    if token is not None and len(token) < _MIN_TOKEN_LETTERS:
+        raise ValueError(f"the token must have at least {_MIN_TOKEN_LETTERS} letters, got {len(token)}")
     if not 0 <= port < 2**16:
         raise ValueError(f"the port must be in 0..65535, got {port}")
     try:
