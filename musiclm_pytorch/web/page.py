@@ -43,8 +43,8 @@ def build_page(studio: Studio) -> gr.Blocks:
         model: str | None = None,
         seconds: float = 5.0,
         candidates: int = 4,
-        seed: int | None = None,
-        guidance: float | None = None,
+        seed: str | int | None = "",
+        guidance: str | float | None = "",
         negative: str = "",
         story: str = "",
         continue_from: str | None = None,
@@ -54,13 +54,13 @@ def build_page(studio: Studio) -> gr.Blocks:
         """Generate music from a text. The result has the files and the similarity of each candidate in `pieces`."""
         values = dict(locals())
         try:
-            yield from studio.run(WebRequest(**{name: values[name] for name in names}))
+            yield from studio.run(_request({name: values[name] for name in names}))
         except _ERRORS as error:
             raise gr.Error(_line(error), print_exception=False) from error
 
     def show(*values: Any) -> Iterator[dict[str, Any]]:
         try:
-            yield from studio.run(WebRequest(**dict(zip(names, values))))
+            yield from studio.run(_request(dict(zip(names, values))))
         except _ERRORS as error:
             yield {"error": _line(error)}
 
@@ -95,8 +95,6 @@ def build_page(studio: Studio) -> gr.Blocks:
         result.cancel(None, cancels=[run])
         result.cancel(lambda: {"message": "Cancelled."}, None, result, **now)
         gr.Button(visible=False).click(generate, [inputs[name] for name in names], result, api_name="generate")
-        # The value None is only an empty field after the page is loaded.
-        page.load(lambda: (None, None), None, [inputs["seed"], inputs["guidance"]], **now)
     page.queue(default_concurrency_limit=None)  # the studio has a queue
     return page
 
@@ -117,9 +115,9 @@ def _build_inputs(studio: Studio) -> dict[str, gr.components.Component]:
             min_width=120,
         )
     with gr.Row():
-        seed = gr.Number(None, label="Seed", placeholder="random", info="Repeats a result", min_width=120)
-        guidance = gr.Number(
-            None,
+        seed = gr.Textbox("", label="Seed", placeholder="random", info="Repeats a result", min_width=120)
+        guidance = gr.Textbox(
+            "",
             label="Guidance",
             placeholder="default",
             info="1 is off, 3 is common",
@@ -154,6 +152,17 @@ def _build_inputs(studio: Studio) -> dict[str, gr.components.Component]:
 def _recording(label: str, **options: Any) -> gr.Audio:
     # The button "share" would upload the recording to a public site.
     return gr.Audio(label=label, sources=["upload", "microphone"], type="filepath", buttons=["download"], **options)
+
+
+def _request(values: dict[str, Any]) -> WebRequest:
+    """Build a request; seed and guidance are texts, because a field for numbers cannot be empty at first."""
+    for name, kind, expected in (("seed", int, "a whole number"), ("guidance", float, "a number")):
+        word = "" if values[name] is None else str(values[name]).strip()
+        try:
+            values[name] = kind(word) if word else None
+        except ValueError as error:
+            raise ValueError(f"{name} must be {expected}, or empty; got {word!r:.40}") from error
+    return WebRequest(**values)
 
 
 def _line(error: Exception) -> str:

@@ -19,6 +19,7 @@ import soundfile
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.web.request import Limits
 from musiclm_pytorch.web.server import MusicServer
+from musiclm_pytorch.web.studio import _Job
 from tests.helpers.toy_musiclm import musicgen_of
 
 pytest.importorskip("gradio", reason='needs pip install "musiclm[web]"')
@@ -81,6 +82,18 @@ def client(server: MusicServer, tmp_path_factory: pytest.TempPathFactory) -> Any
     return Client(server.url, verbose=False, analytics_enabled=False, download_files=tmp_path_factory.mktemp("client"))
 
 
+@pytest.fixture
+def spare_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave time for the browser while music is generated, on machines with one core, too."""
+    report = _Job._report
+
+    def slow(self: _Job, *progress: Any) -> None:
+        time.sleep(0.003)
+        report(self, *progress)
+
+    monkeypatch.setattr(_Job, "_report", slow)
+
+
 def generate(client: Any, **request: Any) -> Any:
     return client.predict(**{"text": "a flute", "seconds": 0.5, "candidates": 1, **request}, api_name="/generate")
 
@@ -131,7 +144,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"seconds": 601}, "seconds must be above 0 and at most 600, got 601"),
     ({"seconds": "long"}, "seconds must be float, got 'long'"),
     ({"candidates": 3}, "candidates must be in 1..2, got 3"),
-    ({"seed": 1.5}, "seed must be int"),
+    ({"seed": 1.5}, "seed must be a whole number, or empty; got '1.5'"),
+    ({"guidance": "much"}, "guidance must be a number, or empty; got 'much'"),
     ({"guidance": -1}, "guidance must be in 1..100"),
     ({"model": "/etc"}, "there is no model '/etc'; choose one of: tiny, gen"),
     ({"story": "1"}, "line 1 of the story has no text"),
@@ -278,14 +292,15 @@ def test_a_user_types_hears_and_downloads(open_page: Callable[..., Any], width: 
     """On a wide and on a narrow window; nothing is wider than the window."""
     page = open_page(width, height)
     ask(page, "a slow waltz on the accordion", 1, candidates=2)
-    page.locator(".piece").nth(1).wait_for()
+    page.locator(".piece, .error").first.wait_for()
+    assert page.get_by_role("alert").all_inner_texts() == []
     titles = page.locator(".piece header").all_inner_texts()
     assert [title.split("\n")[0] for title in titles] == ["Candidate 1", "Candidate 2"]
     similarities = [float(re.search(r"similarity (-?[\d.]+), seed \d+, 1.0 s", title)[1]) for title in titles]
     assert similarities == sorted(similarities, reverse=True)
     piece = page.locator(".piece").first
     piece.locator("audio").evaluate("audio => audio.play()")
-    page.wait_for_function("document.querySelector('.piece audio').currentTime > 0.2")
+    page.wait_for_function("document.querySelector('.piece audio').currentTime > 0.2", polling=200)
     assert piece.locator("audio").evaluate("audio => audio.duration") == pytest.approx(1.0, abs=0.01)
     assert piece.locator("img").evaluate("image => image.naturalWidth") == 1200
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -316,6 +331,7 @@ def test_bad_input_is_shown_in_one_line(open_page: Callable[..., Any]) -> None:
 
 
 @needs_browser
+@pytest.mark.usefixtures("spare_time")
 def test_two_users_wait_hear_and_cancel(open_page: Callable[..., Any], server: MusicServer) -> None:
     """The second user waits for the first one, who hears the music while it is generated, and cancels it."""
     first, second = open_page(), open_page()
@@ -324,8 +340,8 @@ def test_two_users_wait_hear_and_cancel(open_page: Callable[..., Any], server: M
     first.get_by_text(re.compile(r"\d+%, about \d+ (s|min) left")).wait_for()
     ask(second, "a fast jig", 1)
     second.get_by_text("Waiting, 1 before you").wait_for()
-    first.wait_for_function("Number(document.querySelector('[data-played]')?.dataset.played) >= 1")
-    first.locator(".cancel").click()
+    first.wait_for_function("Number(document.querySelector('[data-played]')?.dataset.played) >= 1", polling=200)
+    first.locator(".cancel").click(force=True)  # without waiting for frames, which are rare on a busy machine
     first.get_by_text("Cancelled.").wait_for()
     second.locator(".piece").wait_for()
     assert first.locator(".piece").count() == 0 and server.studio.num_jobs == 0
