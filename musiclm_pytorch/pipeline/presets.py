@@ -345,8 +345,8 @@ _PAPER = Preset(
 )  # fmt: skip
 
 
-def _fine_tuning(name: str, semantic: float, coarse: float, fine: float) -> Preset:
-    """Return settings to train a model further on few captioned files, with these learning rates of the stages."""
+def _fine_tuning(name: str, **runs: tuple[int, float]) -> Preset:
+    """Return settings to train a model further on few captioned files, with steps and learning rates of the stages."""
     stages = {
         stage: replace(
             getattr(_TINY, stage),
@@ -354,7 +354,7 @@ def _fine_tuning(name: str, semantic: float, coarse: float, fine: float) -> Pres
             objective=StageObjective(),
             text_prob=0.9,
         )
-        for stage, steps, rate in (("semantic", 120, semantic), ("coarse", 240, coarse), ("fine", 120, fine))
+        for stage, (steps, rate) in runs.items()
     }
     parts = {}
     for part, rate in (("codec", 1e-4), ("semantic_tokenizer", 1e-4), ("mulan", 5e-5)):
@@ -364,7 +364,10 @@ def _fine_tuning(name: str, semantic: float, coarse: float, fine: float) -> Pres
 
 
 # The second is for LoRA, whose updates need larger rates. recipes/README.md has results of both.
-_FINE_TUNING = (_fine_tuning("finetune", 2e-4, 3e-4, 3e-4), _fine_tuning("lora", 7e-4, 1e-3, 1e-3))
+_FINE_TUNING = (
+    _fine_tuning("finetune", semantic=(80, 3e-4), coarse=(120, 5e-4), fine=(80, 3e-4)),
+    _fine_tuning("lora", semantic=(120, 7e-4), coarse=(240, 1e-3), fine=(120, 1e-3)),
+)
 
 PRESETS = {preset.name: preset for preset in (_TINY, _SMALL, _PAPER, *_FINE_TUNING)}
 

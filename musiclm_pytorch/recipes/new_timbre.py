@@ -169,16 +169,17 @@ def main(
         scale: Factor for the number of training steps.
     """
     start, data = MusicLM.from_pretrained(model), out / "data"
-    if not (data / "valid.jsonl").is_file():
-        clips = new_clips(instrument, soundfont, 36)
-        _write(data, "train", [*clips[:30], *own_clips(start, KNOWN, 5)])
-        _write(data, "valid", clips[30:])
+    if not (data / "lora" / "valid.jsonl").is_file():
+        clips, own = new_clips(instrument, soundfont, 36), own_clips(start, KNOWN, 5)
+        for name, copies in (("finetune", 2), ("lora", 1)):  # a training of all weights needs more weight on new clips
+            _write(data / name, "train", [*clips[:30] * copies, *own])
+            _write(data / name, "valid", clips[30:])
     classifier = fit_classifier(instrument, soundfont, start.audio_lm.codec)
     counts = {instrument: new_generations} | dict.fromkeys(KNOWN, known_generations)
     results = {"before": _accuracies(start, classifier, counts)}
     for name, rank in (("finetune", None), ("lora", lora_rank)):
         tuning = FineTuning(model=start, lora_rank=rank)
-        pipeline = Pipeline(preset_named(name).scaled(scale), data=data, out=out / name, start=tuning)
+        pipeline = Pipeline(preset_named(name).scaled(scale), data=data / name, out=out / name, start=tuning)
         for stage in ("semantic", "coarse"):  # the fine stage knows enough
             for report in pipeline.run(stage):
                 sys.stdout.write(f"{name} {report.step} {report.seconds:.0f} s\n")
