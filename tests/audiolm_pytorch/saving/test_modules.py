@@ -373,6 +373,7 @@ def test_fingerprint_follows_exchanged_memory():
     assert fingerprint_of(module) == raw
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="torch 2.6 imports its compiler")
 def test_loading_does_not_import_the_compiler_of_torch() -> None:
     """The meta version of some functions imports sympy and torch._dynamo, a second of computing time."""
     code = (

@@ -14,7 +14,8 @@ def test_info_of_the_installation(musiclm_command, capsys):
     """Versions, devices, bundled models with their licences, and known instruments and words."""
     assert musiclm_command("info", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["versions"]["torch"] == torch.__version__.partition(" ")[0] and "cpu" in facts["devices"]
+    assert facts["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert "cpu" in facts["devices"]
     assert facts["bundled models"]["tiny"]["licence"].startswith("mit")
     words = set(facts["words of tiny"])
     assert {"jig", "slow"} <= words and "flute" in facts["instruments of tiny"]
