@@ -49,7 +49,7 @@ _FORMER_NAMES = {
     **dict.fromkeys(("logging_steps", "log_steps"), "log_every"),
     **dict.fromkeys(("workers", "dataloader_num_workers"), "num_workers"),
     **dict.fromkeys(("scheduler", "lr_scheduler", "scheduler_kwargs", "discr_scheduler"), "schedule"),
-    **dict.fromkeys(("dataset", "ds", "data", "train_dataset", "train_dataloader"), f"folder or items={_SPLIT}"),
+    **dict.fromkeys(("dataset", "ds", "dl", "data", "train_dataset", "train_dataloader"), f"folder or items={_SPLIT}"),
     **dict.fromkeys(("valid_dataset", "val_dataset", "val_dataloader"), f"items={_SPLIT}"),
     **dict.fromkeys(("accelerate_kwargs", "use_wandb_tracking"), "accelerator"),
 }
