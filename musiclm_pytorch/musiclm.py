@@ -370,7 +370,9 @@ class MusicLM(SharedModel):
                 raise ValueError("got melody_sample_hz without melody; pass both or neither")
             return {}
         if self.melody_embedder is None:
-            raise ValueError("the model has no melody embedder; leave out the melody, or use a model with a melody")
+            raise ValueError(
+                "the model has no melody embedder; leave out the melody, or use a model with a melody, such as musicgen_tiny"
+            )
         hz = self.sample_hz if sample_hz is None else check_rate(sample_hz, "melody_sample_hz")
         waves = read_prompts(melody, hz, name="melody")
         return self.melody_embedder.conditions(waves, self.audio_lm.stages)

@@ -61,6 +61,12 @@ _NUMBERS = ("inf", "infinity", "nan")
 _INDENT_OF_DESCRIPTIONS = 9  # in messages of tyro
 # Patterns of messages of tyro -> what is printed.
 _REWRITTEN = {
+    r"Error parsing (\S+): no type matching (?:\{None\}\|)?FLOAT could .* from \[(.*)\]": (
+        r"\1 must be a number such as 2.5, got \2"
+    ),
+    r"Error parsing (\S+): no type matching (?:\{None\}\|)?INT could .* from \[(.*)\]": (
+        r"\1 must be a whole number, got \2"
+    ),
     r"Error parsing (\S+): no type matching (?:\{None\}\|)?(.*) could .* from \[(.*)\]": r"\1 must be \2, got \3",
     r"Error parsing (\S+):": r"\1:",
     r"Missing from [^:]*:": "missing:",

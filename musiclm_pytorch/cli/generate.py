@@ -69,7 +69,8 @@ class Generate(ModelOptions):
     """Name of a bundled model, the folder of a trained one, or a hub id. MusicGen and AudioGen models, for example
     facebook/musicgen-small, generate one piece without ranking."""
     seconds: float | None = None
-    """Length in seconds, rounded up to whole frames. By default 5, or with --story 5 after the last start."""
+    """Length in seconds, rounded up to whole frames. By default 5, with --story 5 after the last start, and with
+    --continue-from 5 after the recording."""
     num_samples: int | None = None
     """Number of candidates of a MusicLM; default: 4, or 1 with --stream and without --rank-seconds."""
     keep_all: bool = False
@@ -144,7 +145,7 @@ class Generate(ModelOptions):
         options = [option_name(name) for name in names if getattr(self, name) not in (None, (), False)]
         if options:
             raise ValueError(
-                f"{' and '.join(options)} need a MusicLM, {self.model} is a MusicGen; leave out {options[0]}"
+                f"{' and '.join(options)} need a MusicLM, {self.model} is a MusicGen; leave out {' and '.join(options)}"
             )
         request: dict[str, Any] = {
             "texts": self.text,
@@ -309,9 +310,17 @@ class Generate(ModelOptions):
         """The texts, each with its start in seconds."""
         return [(0.0, self.text)] if self.story is None else _read_story(self.story)
 
-    @property
+    @cached_property
     def _seconds(self) -> float:
-        return self._starts[-1][0] + _LAST_SECONDS if self.seconds is None else self.seconds
+        if self.seconds is not None:
+            return self.seconds
+        last = self._starts[-1][0]
+        if self.continue_from is not None:
+            from audiolm_pytorch.audio.files import decoded_info
+
+            recording = decoded_info(self.continue_from)
+            last = max(last, recording.num_samples / recording.sample_hz)
+        return last + _LAST_SECONDS
 
     @property
     def _title(self) -> str:
@@ -354,6 +363,8 @@ def _with_ending(path: Path, ending: object) -> Path:
 def _read_text(path: Path, name: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the {name} {path}: {error}") from error
 

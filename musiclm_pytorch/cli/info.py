@@ -39,9 +39,11 @@ class Info(ModelOptions):
 
     def execute(self) -> int:
         """Print the facts."""
+        from audiolm_pytorch.audio.formats import AUDIO_SUFFIXES
+
         if self.source is None:
             facts = _installation()
-        elif Path(self.source).is_file():
+        elif Path(self.source).is_file() or Path(self.source).suffix.lower() in AUDIO_SUFFIXES:
             facts = _sound(Path(self.source))
         else:
             from audiolm_pytorch.saving.sources import find_folder

@@ -316,7 +316,7 @@ duration | generate x --duration=3 | no option --duration=3; use --seconds;
 short option | generate x -n 2 | no option -n; use --num-samples;
 prompt | generate --prompt x | no option --prompt; write the text without an option
 option of another command | generate x --layer 3 | no option --layer
-no number | generate x --seconds abc | --seconds must be FLOAT, got 'abc'
+no number | generate x --seconds abc | --seconds must be a number such as 2.5, got 'abc'
 no whole number | generate x --seed 1.5 | --seed: .*'1.5'
 no value | generate x --seed | Missing value for argument .*--seed
 no weight | generate x --mix drums.wav 0.5 | --mix: .*drums.wav
