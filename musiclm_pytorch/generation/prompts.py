@@ -91,7 +91,7 @@ def story_of_lines(lines: str, source: str) -> list[tuple[float, str]]:
             story.append((float(start), text.strip()))
         except ValueError as error:
             raise ValueError(
-                f'line {number} of {source} must be like "15 a slow waltz", a start in seconds and a text, got {line!r:.100}'
+                f'line {number} of {source} must be like "15 a slow waltz" (seconds, then text), got {line!r:.99}'
             ) from error
         if not text.strip():
             raise ValueError(f'line {number} of {source} has no text; write a line like "15 a slow waltz"')

@@ -382,9 +382,9 @@ no model | generate x --model nobody --out TMP/x.wav | there is no folder nobody
 run without model | generate x --model EMPTY --out TMP/x.wav | EMPTY contains no complete MusicLM
 model in part | generate x --model MODEL --out TMP/x.wav | MODEL lacks coarse/model.safetensors; copy
 text and story | generate x --story DATA/00.wav --out TMP/x.wav | got the text and --story; pass only one
-no story | generate --story TMP/none.txt --out TMP/x.wav | cannot read the story TMP/none.txt
+no story | generate --story TMP/none.txt --out TMP/x.wav | TMP/none.txt: no such file
 prompts and text | generate x --prompts JUNK/noise.wav --out TMP/x.wav | got the text and --prompts; pass only one
-no prompts | generate --prompts TMP/none.txt --out TMP/x.wav | cannot read the prompts TMP/none.txt
+no prompts | generate --prompts TMP/none.txt --out TMP/x.wav | TMP/none.txt: no such file
 prompts to standard output | generate --prompts LINES --stream --out - | --prompts writes several files
 temperature below 0 | generate x --temperature -1 --out TMP/x.wav | --temperature must be from 0 to 10, got -1
 temperature nan | generate x --temperature nan --out TMP/x.wav | --temperature must be from 0 to 10, got nan
