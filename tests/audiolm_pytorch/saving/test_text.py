@@ -46,7 +46,8 @@ def test_warnings_come_from_the_first_process(
 
 
 def test_every_logger_of_the_library_escapes() -> None:
-    """No module asks Python for a logger directly."""
+    """No module asks Python for a logger directly, except for those of torch."""
     files = [file for package in ("audiolm_pytorch", "musiclm_pytorch") for file in (ROOT / package).rglob("*.py")]
     assert len(files) > 100
-    assert [file.name for file in files if "getLogger(" in file.read_text()] == ["text.py"]
+    own = [file.name for file in files if "getLogger(" in file.read_text().replace('getLogger("torch.', "")]
+    assert own == ["text.py"]
