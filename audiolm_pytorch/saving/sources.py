@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def find_folder(
         if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
             raise ValueError(
                 f"there is no folder {source}; pass an existing folder, a hub id like owner/name, or the name of a "
-                f"bundled model: {', '.join(bundled_models())}"
+                f"bundled model: {', '.join(bundled_models())}{_did_you_mean(str(source))}"
             )
         folder = _downloaded(source, offline, revision, cache_dir, _FILES if files is None else files)
         commit = folder.name
@@ -66,6 +67,11 @@ def find_folder(
         raise ValueError(f"got revision={revision} of the local folder {folder}; only models on the hub have revisions")
     _check_licence(str(source), licence_of(folder, source), allow_noncommercial)
     return folder, commit
+
+
+def _did_you_mean(name: str) -> str:
+    similar = get_close_matches(name, bundled_models(), n=1)
+    return f" (did you mean {similar[0]}?)" if similar else ""
 
 
 def bundled_models() -> dict[str, Path]:

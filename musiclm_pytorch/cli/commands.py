@@ -61,13 +61,13 @@ _NUMBERS = ("inf", "infinity", "nan")
 _INDENT_OF_DESCRIPTIONS = 9  # in messages of tyro
 # Patterns of messages of tyro -> what is printed.
 _REWRITTEN = {
-    r"Error parsing (\S+): no type matching (?:\{None\}\|)?FLOAT could .* from \[(.*)\]": (
+    r"Error parsing (\S+): no type matching (?:\{None\}\|)?FLOAT could .* from \[(.*)\]\W*": (
         r"\1 must be a number such as 2.5, got \2"
     ),
-    r"Error parsing (\S+): no type matching (?:\{None\}\|)?INT could .* from \[(.*)\]": (
+    r"Error parsing (\S+): no type matching (?:\{None\}\|)?INT could .* from \[(.*)\]\W*": (
         r"\1 must be a whole number, got \2"
     ),
-    r"Error parsing (\S+): no type matching (?:\{None\}\|)?(.*) could .* from \[(.*)\]": r"\1 must be \2, got \3",
+    r"Error parsing (\S+): no type matching (?:\{None\}\|)?(.*) could .* from \[(.*)\]\W*": r"\1 must be \2, got \3",
     r"Error parsing (\S+):": r"\1:",
     r"Missing from [^:]*:": "missing:",
     r"Unrecognized options:(.*)": r"not expected:\1; write a text of several words in quotation marks",
@@ -108,6 +108,8 @@ def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
         raise ValueError(f"a command is missing after musiclm {group}".rstrip() + f"; {known}; see musiclm --help")
     similar = " or ".join(get_close_matches(rest[0], names, n=2))
     advice = f"did you mean {similar}? See musiclm --help" if similar else known
+    if " " in rest[0]:
+        advice = f'did you mean musiclm generate "{rest[0]:.80}"?'
     raise ValueError(f"there is no command musiclm {' '.join([*([group] if group else []), rest[0]])!s:.80}; {advice}")
 
 

@@ -30,6 +30,8 @@ class Plot:
         from audiolm_pytorch.training.loss_curve import write_loss_curve
         from audiolm_pytorch.training.tracking import MetricsFile
 
+        if not self.runs:
+            raise ValueError("a run is missing; write musiclm plot RUN, where RUN is the --out of musiclm train")
         plots: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for run in self.runs:
             files = {file.parent.name: file for file in sorted(run.glob("*/metrics.jsonl"))}

@@ -9,7 +9,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from audiolm_pytorch.saving.text import logger_named, printable
+from audiolm_pytorch.saving.text import printable
 from musiclm_pytorch.cli.checks import OneLineFormatter, check_at_least, check_data, check_folder, printable_line
 from musiclm_pytorch.cli.parts import PartOptions
 
@@ -90,13 +90,7 @@ class Tokenize(PartOptions):
 
         accelerator = create_accelerator()
         models = {name: part.eval().to(accelerator.device) for name, part in parts.items()}
-        unknown_words = logger_named("musiclm_pytorch.mulan.text_tower")
-        level = unknown_words.level
-        unknown_words.setLevel(logging.ERROR)  # captions of training data are not prompts
-        try:
-            compute_token_split(self.out, items, **models, accelerator=accelerator)
-        finally:
-            unknown_words.setLevel(level)
+        compute_token_split(self.out, items, **models, accelerator=accelerator)
         return accelerator.is_main_process
 
     def _compute_in_processes(self, items: Items) -> None:

@@ -15,6 +15,7 @@ from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audio.waves import one_mono_wave
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.module_state import device_of
+from musiclm_pytorch.mulan.text_tower import report_unknown_words
 from musiclm_pytorch.quantizer.embed_quantizer import Modality, MuLaNEmbedQuantizer
 
 __all__ = ["EmbeddedPrompt", "Mixture", "MusicPrompt", "embed_prompts", "prompts_of", "stories_of", "story_of_lines"]
@@ -110,6 +111,7 @@ def embed_prompts(
     mixtures = [mixture for story in stories for _, mixture in story]
     parts = [[(part, weight) for part, weight in mixture.parts if weight > 0] for mixture in mixtures]
     texts = [part for mixture in parts for part, _ in mixture if isinstance(part, str)]
+    report_unknown_words(quantizer.mulan, texts)
     text_latents = iter(quantizer.mulan.get_text_latents(texts) if texts else ())
     codes, latents = [], []
     for mixture in parts:

@@ -5,6 +5,7 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from audiolm_pytorch.saving.modules import SavedModule, register
 from audiolm_pytorch.saving.text import logger_named
 from musiclm_pytorch.mulan.layers import pooled_layers
 
-__all__ = ["TextTower", "TextTransformer", "words_of"]
+__all__ = ["TextTower", "TextTransformer", "report_unknown_words", "words_of"]
 
 logger = logger_named(__name__)
 
@@ -61,7 +62,7 @@ class TextTransformer(TextTower):
         num_tokens: Size of the embedding table; at least the tokenizer's vocabulary.
         max_seq_len: Number of tokens to which longer texts are truncated with a warning.
         tokenizer: Byte-pair tokenizer; None = single bytes (256 tokens, not trained).
-        known_words: Words of the training captions (see `words_of`), used in eval mode for a warning about other
+        known_words: Words of the training captions (see `words_of`), used for a warning about prompts with other
             words in texts; None = no warning.
     """
 
@@ -110,10 +111,7 @@ class TextTransformer(TextTower):
     @typed
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
         """Return the token ids `[b, t]` int64 of texts, -1 past the end; see `TextTower`."""
-        ids = ids_of(texts, self.tokenizer, self.num_tokens, self.max_seq_len)
-        if self.known_words is not None and not self.training and not isinstance(texts, Tensor):
-            self._report_unknown_words([texts] if isinstance(texts, str) else texts)
-        return ids
+        return ids_of(texts, self.tokenizer, self.num_tokens, self.max_seq_len)
 
     @typed
     def embed_layers(self, texts: str | Sequence[str] | Tensor, *, layers: Sequence[int]) -> Tensor:
@@ -121,22 +119,39 @@ class TextTransformer(TextTower):
         ids = self.tokenize(texts).to(self.embedding.weight.device)
         return pooled_layers(self.encoder, self.embedding(ids.clamp(min=0)), ids >= 0, layers)
 
-    def _report_unknown_words(self, texts: Sequence[str]) -> None:
-        """Log one warning for each text with words that are not in the training captions, or with a negation."""
+    def report_unknown_words(self, texts: Sequence[str]) -> None:
+        """Log one warning for each text with words that are not in the training captions, or with a negation.
+
+        Every word is reported once. Towers without `known_words` report nothing.
+        """
         known = frozenset(self.known_words or ())
-        for text in texts:
+        for text in texts if known else ():
             words = dict.fromkeys(_words(text))
             unknown = [word for word in words if word not in known | self._reported]
             negations = [word for word in words if word in _NEGATIONS - self._reported]
             self._reported.update(unknown, negations)
             if unknown:
-                shown = ", ".join(unknown[:_WORDS_IN_WARNING]) + (", ..." if len(unknown) > _WORDS_IN_WARNING else "")
+                shown = ", ".join(_with_similar(word, known) for word in unknown[:_WORDS_IN_WARNING])
+                shown += ", ..." if len(unknown) > _WORDS_IN_WARNING else ""
                 logger.warning("not in the training captions, so the music may not match: %s (in %r)", shown, text)
             if negations:
                 logger.warning(
                     "the embedding of a text hardly depends on %r; use a negative text (--negative) instead (in %r)",
                     *(negations[0], text),
                 )
+
+
+def report_unknown_words(model: nn.Module, texts: Sequence[str]) -> None:
+    """Log warnings for prompts with words that are not in the training captions of the text towers in a model."""
+    for tower in model.modules():
+        if isinstance(tower, TextTransformer):
+            tower.report_unknown_words(texts)
+
+
+def _with_similar(word: str, known: Iterable[str]) -> str:
+    """Return a word, with the most similar known word if there is one."""
+    similar = get_close_matches(word, known, n=1, cutoff=0.75)
+    return f"{word} [{similar[0]}?]" if similar else word
 
 
 @typed

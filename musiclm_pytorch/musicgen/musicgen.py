@@ -22,6 +22,7 @@ from audiolm_pytorch.nn.module_state import check_positive, eval_mode
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.sharing import SharedModel, card_text, write_card
 from audiolm_pytorch.tokens.token_batch import TokenBatch
+from musiclm_pytorch.mulan.text_tower import report_unknown_words
 from musiclm_pytorch.musicgen.audiocraft_format import write_audiocraft
 from musiclm_pytorch.musicgen.chroma import ChromaConditioner
 from musiclm_pytorch.musicgen.inputs import AudioInput, MusicRequest, TextInput
@@ -363,6 +364,7 @@ class MusicGen(SharedModel):
         schedules = request.text_schedules()
         if self.text_conditioner is None and any(map(any, schedules)):
             raise ValueError("the model has no text condition; omit texts, or build it with a text_conditioner")
+        report_unknown_words(self, [text for texts in schedules for text in texts if text])
         waves, melodies = request.prompts(self.sample_hz), request.melodies(self.sample_hz, self.chroma)
         batch = request.num_items(texts=len(schedules), prompt=len(waves), melody=len(melodies))
         num_codebooks = self.transformer.layout.predicted[0].num_levels

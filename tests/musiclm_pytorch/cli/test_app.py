@@ -378,6 +378,7 @@ missing stage | train fine --data DATA --out TMP/out | first run musiclm train s
 out is a file | train codec --data DATA --out DATA/00.wav | 00.wav is a file
 out in a file | train codec --preset micro --data DATA --out DATA/00.wav/run | 00.wav is a file
 another run | train all --data DATA --out RUN | RUN contains a run with other settings.*--allow-changed
+no run | plot --out TMP/plots | a run is missing; write musiclm plot
 no model | generate x --model nobody --out TMP/x.wav | there is no folder nobody; pass .*bundled model: .*tiny
 run without model | generate x --model EMPTY --out TMP/x.wav | EMPTY contains no complete MusicLM
 model in part | generate x --model MODEL --out TMP/x.wav | MODEL lacks coarse/model.safetensors; copy
