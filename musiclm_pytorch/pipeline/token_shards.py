@@ -19,7 +19,7 @@ from audiolm_pytorch.data.manifest import AudioItem, captions_of
 from audiolm_pytorch.data.shards import TokenShards, write_shards
 from audiolm_pytorch.lm.compatibility import shard_fingerprint
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
-from audiolm_pytorch.saving.fingerprint import part_fingerprint
+from audiolm_pytorch.saving.fingerprint import digest_of, part_fingerprint
 from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.training.stopping import stop_signals
 from audiolm_pytorch.training.tracking import ProgressLog
@@ -45,12 +45,16 @@ def compute_token_split(
 ) -> tuple[TokenShards, TokenShards]:
     """Compute the tokens of training and held-out files in `folder/train` and `folder/valid`, see `compute_tokens`."""
     train, valid = (
-        compute_tokens(
-            folder / part, side, origin={"part": part, "items": items_digest(side)}, **models_and_accelerator
-        )
+        compute_tokens(folder / part, side, origin={"part": part, **_origin(side)}, **models_and_accelerator)
         for part, side in zip(("train", "valid"), items)
     )
     return train, valid
+
+
+def _origin(items: Sequence[AudioItem]) -> dict[str, str]:
+    """Return the identity of waves and texts; labels that are no texts may change."""
+    texts = digest_of({"texts": [texts_of(item) for item in items]}, {})
+    return {"items": items_digest(items, waves_only=True), "texts": texts}
 
 
 @typed

@@ -35,18 +35,10 @@ def test_others_get_a_link_with_a_token_and_ctrl_c_ends_the_server(tmp_path: Pat
     """The link is the only line; without its token, the server refuses; no file is left."""
     import httpx
 
-    program = [
-        sys.executable,
-        "-m",
-        "musiclm_pytorch.cli",
-        "web",
-        "--host",
-        "0.0.0.0",
-        "--port",
-        "0",
-        "--model",
-        "tiny",
-    ]
+    # a shell starts background processes with SIGINT ignored
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    start += "import sys; from musiclm_pytorch.cli.app import main; sys.exit(main())"
+    program = [sys.executable, "-c", start, *"web --host 0.0.0.0 --port 0 --model tiny".split()]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(program, env=environment, cwd=tmp_path, **pipes) as server:
@@ -58,7 +50,10 @@ def test_others_get_a_link_with_a_token_and_ctrl_c_ends_the_server(tmp_path: Pat
         with httpx.Client(follow_redirects=True) as browser:
             assert "gradio" in browser.get(f"{url}/?token={link[2]}").text
         server.send_signal(signal.SIGINT)
-        printed, errors = server.communicate(timeout=60)
+        try:
+            printed, errors = server.communicate(timeout=60)
+        finally:
+            server.kill()  # a server that goes on would never end the block
     assert server.returncode == 130 and printed == ""
     assert errors.splitlines()[-1] == "musiclm: stopped by SIGINT", errors
     assert listing(tmp_path) == {}
