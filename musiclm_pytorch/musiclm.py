@@ -96,8 +96,13 @@ class MusicLM(SharedModel):
             **({} if audio_lm.text_conditioner is None else {"text_conditioner": audio_lm.text_conditioner}),
             **({} if self.melody_embedder is None else {"melody": self.melody_embedder}),
         }
-        sampling = {name: asdict(settings) for name, settings in audio_lm.sampling.items()}
-        save_parts(folder, parts, {"sampling": sampling, "num_levels": self.num_levels}, dtype)
+        save_parts(folder, parts, self.generation_settings, dtype)
+
+    @property
+    def generation_settings(self) -> dict[str, Any]:
+        """Sampling settings and number of levels, as the card of a saved model stores them."""
+        sampling = {name: asdict(settings) for name, settings in self.audio_lm.sampling.items()}
+        return {"sampling": sampling, "num_levels": self.num_levels}
 
     @classmethod
     @preserve_rng()

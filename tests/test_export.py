@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from musiclm_pytorch.pipeline.builders import build_codec, build_semantic_tokenizer
+from musiclm_pytorch.pretrained.onnx import MethodCall
 from tests.helpers import small_models as small
 from tests.helpers.micro import MICRO
 
@@ -17,19 +18,6 @@ from tests.helpers.micro import MICRO
 NUM_SAMPLES = (4000, 1237, 6801)
 NUM_FRAMES = (40, 7, 90)
 NUM_TOKENS = (12, 5, 20)
-
-
-class Call(nn.Module):
-    """A module whose `forward` is a method of another module."""
-
-    def __init__(self, module: nn.Module, method: str) -> None:
-        super().__init__()
-        self.module, self.method = module, method
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Call the method."""
-        result: Tensor = getattr(self.module, self.method)(x)
-        return result
 
 
 def wave(num_samples: int) -> Tensor:
@@ -81,7 +69,7 @@ def built(part: str) -> tuple[nn.Module, Tensor]:
     """Return a part, and an input of the first length."""
     torch.manual_seed(0)
     make, method, make_input, lengths = PARTS[part]
-    return Call(make().eval(), method), make_input(lengths[0])
+    return MethodCall(make().eval(), method), make_input(lengths[0])
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ __all__ = [
     "read_sidecar",
     "tags_in",
     "texts_in",
+    "use_text_as_caption",
 ]
 
 SIDECAR_SUFFIXES = (".json", ".txt")
@@ -126,6 +127,12 @@ def read_sidecar(path: Path, source: io.IOBase | None = None) -> tuple[str | Non
 
 
 @typed
+def use_text_as_caption(fields: dict[str, Any]) -> None:
+    """Rename the field `text` of a row of Hugging Face to `caption` if the row has no other caption."""
+    if not {"caption", "captions"} & fields.keys() and isinstance(fields.get("text"), str):
+        fields["caption"] = fields.pop("text")
+
+
 def manifest_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place ("line 3") and the fields of each row of a manifest.
 

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.data.captions import caption_and_labels, manifest_rows, read_sidecar, texts_in
+from audiolm_pytorch.data.captions import caption_and_labels, manifest_rows, read_sidecar, texts_in, use_text_as_caption
 from audiolm_pytorch.data.folder import scan_folder
 from audiolm_pytorch.data.items import ItemEntry, Rejected
 from audiolm_pytorch.data.tars import TAR_SUFFIX, tar_entries
@@ -123,8 +123,8 @@ def _rows(manifest: Path, folder_of_table: bool = False) -> Iterator[tuple[Path,
             audio = next(fields.pop(name) for name in _PATH_FIELDS if name in fields)
             if not isinstance(audio, str) or not audio:
                 raise ValueError(f"the field 'audio' must be a path, got {ascii(audio)[:100]}")
-            if folder_of_table and not {"caption", "captions"} & fields.keys() and isinstance(fields.get("text"), str):
-                fields["caption"] = fields.pop("text")
+            if folder_of_table:
+                use_text_as_caption(fields)
             caption_and_labels(fields)
             yield manifest.parent / local_path(audio), fields
         except ValueError as error:

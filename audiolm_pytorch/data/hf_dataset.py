@@ -14,7 +14,7 @@ import soundfile
 
 from audiolm_pytorch.audio.formats import AUDIO_SUFFIXES
 from audiolm_pytorch.checks.types import typed
-from audiolm_pytorch.data.captions import caption_and_labels
+from audiolm_pytorch.data.captions import caption_and_labels, use_text_as_caption
 from audiolm_pytorch.data.claims import claims
 from audiolm_pytorch.data.items import ItemEntry, Rejected
 from audiolm_pytorch.data.tars import TAR_SUFFIX
@@ -94,8 +94,7 @@ def _fields(dataset: Any, row: dict[str, Any]) -> dict[str, Any]:
         feature = dataset.features[name]
         if isinstance(feature, ClassLabel) and value is not None and value >= 0:
             row[name] = feature.int2str(value)
-    if not {"caption", "captions"} & row.keys() and isinstance(row.get("text"), str):
-        row["caption"] = row.pop("text")
+    use_text_as_caption(row)
     return row
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from audiolm_pytorch.saving.text import joined_lines, logger_named, printable
 
-__all__ = ["bundled_models", "find_folder", "is_noncommercial", "licence_of"]
+__all__ = ["bundled_models", "card_header", "find_folder", "is_noncommercial", "licence_of"]
 
 logger = logger_named(__name__)
 
@@ -80,12 +80,17 @@ def bundled_models() -> dict[str, Path]:
     return {path.name: path for path in paths if path.is_dir()}
 
 
-def licence_of(folder: Path, source: str | Path) -> str | None:
-    """Read the licence from the header of the model card; return None if no licence is known."""
+def card_header(folder: Path) -> str:
+    """Return the YAML header of the model card in a folder; empty if there is none."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    fields = dict(re.findall(r"^(license|license_name):[ \t]*([^\s#]+)", header[1] if header else "", re.MULTILINE))
+    return header[1] if header else ""
+
+
+def licence_of(folder: Path, source: str | Path) -> str | None:
+    """Read the licence from the header of the model card; return None if no licence is known."""
+    fields = dict(re.findall(r"^(license|license_name):[ \t]*([^\s#]+)", card_header(folder), re.MULTILINE))
     name = fields.get("license_name") if fields.get("license") == "other" else fields.get("license")
     return f"{printable(name)} (model card)" if name else _LICENCES.get(str(source))
 

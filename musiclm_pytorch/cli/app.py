@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from audiolm_pytorch import __version__
 from audiolm_pytorch.saving.text import logger_named
-from musiclm_pytorch.cli.checks import OneLineFormatter, check_words, printable_line
+from musiclm_pytorch.cli.checks import check_words, log_to_standard_error, printable_line
 from musiclm_pytorch.cli.commands import help_text, parse_options, split_command
 
 __all__ = ["main"]
@@ -28,9 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gc.set_threshold(10_000, 10, 10)
     # At its end, Python would search them once more, which takes 0.4 s.
     atexit.register(gc.freeze)
-    handler = logging.StreamHandler()
-    handler.setFormatter(OneLineFormatter("%(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    log_to_standard_error()
     logger_named("audiolm_pytorch.saving.sources").setLevel(logging.INFO)  # the licence of every model
     logger_named("audiolm_pytorch.training.tracking").setLevel(logging.INFO)  # the progress of a training
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -77,6 +77,13 @@ class OneLineFormatter(logging.Formatter):
         )
 
 
+def log_to_standard_error() -> None:
+    """Print warnings of the program, one line each."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLineFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+
+
 def device_named(name: str) -> "torch.device":
     """Return the device with this name; "auto" selects the GPU if there is one, else the CPU.
 

@@ -41,7 +41,6 @@ _STREAM_SUFFIXES = (".wav", ".raw")
 _STANDARD_OUTPUT = Path("-")
 _UNKNOWN_SIZE = 0xFFFFFFFF
 _NUM_SAMPLES, _RANK_SECONDS, _LAST_SECONDS = 4, 3.0, 5.0
-_MAX_COMMENT_LETTERS = 400
 
 
 @dataclass(frozen=True)
@@ -316,9 +315,9 @@ class Generate(ModelOptions):
             return self.seconds
         last = self._starts[-1][0]
         if self.continue_from is not None:
-            from audiolm_pytorch.audio.files import decoded_info
+            from audiolm_pytorch.audio.stream import AudioSource
 
-            recording = decoded_info(self.continue_from)
+            recording = AudioSource(self.continue_from).info
             last = max(last, recording.num_samples / recording.sample_hz)
         return last + _LAST_SECONDS
 
@@ -337,11 +336,15 @@ class Generate(ModelOptions):
 
     def _comment(self, best: int) -> str:
         """Return the request as JSON for the comment field of the file; `--num-samples 1` with `seed` repeats it."""
-        request = {"seed": self.seed + best, "seconds": self._seconds, "model": Path(self.model).name}
-        is_mp3 = self.out.suffix.lower() == ".mp3"  # libsndfile stores other letters wrongly in MP3 files
-        text = json.dumps({**request, "text": self._title[:_MAX_COMMENT_LETTERS]}, ensure_ascii=is_mp3)
-        # A file name that is not UTF-8 has letters that cannot be stored; `printable` escapes them, as JSON does.
-        return printable(text)
+        from musiclm_pytorch.generation.prompts import request_comment
+
+        return request_comment(
+            self._title,
+            seed=self.seed + best,
+            seconds=self._seconds,
+            model=Path(self.model).name,
+            is_ascii=self.out.suffix.lower() == ".mp3",
+        )
 
     def _print(self, message: str) -> None:
         if not self.json:

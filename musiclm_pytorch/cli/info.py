@@ -126,11 +126,10 @@ def _model(folder: Path, source: str) -> dict[str, Any]:
 
 def _card_header(folder: Path) -> dict[str, Any]:
     """Return the fields in the header of a model card."""
-    readme = folder / "README.md"
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    from audiolm_pytorch.saving.sources import card_header
+
     try:
-        fields = yaml.safe_load(header[1]) if header else None
+        fields = yaml.safe_load(card_header(folder))
     except yaml.YAMLError:
         fields = None
     return fields if isinstance(fields, dict) else {}

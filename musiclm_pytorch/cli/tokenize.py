@@ -1,6 +1,5 @@
 """`musiclm tokenize`: compute the tokens of a data set with any number of processes."""
 
-import logging
 import multiprocessing
 import sys
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from audiolm_pytorch.saving.text import printable
-from musiclm_pytorch.cli.checks import OneLineFormatter, check_at_least, check_data, check_folder, printable_line
+from musiclm_pytorch.cli.checks import check_at_least, check_data, check_folder, log_to_standard_error, printable_line
 from musiclm_pytorch.cli.parts import PartOptions
 
 if TYPE_CHECKING:
@@ -124,9 +123,7 @@ def _work(command: Tokenize, items: Items, number: int) -> None:
     """Compute tokens in a process that `Tokenize` has started."""
     import torch
 
-    handler = logging.StreamHandler()
-    handler.setFormatter(OneLineFormatter("%(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    log_to_standard_error()
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())

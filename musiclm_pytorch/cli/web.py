@@ -8,6 +8,8 @@ from audiolm_pytorch.saving.text import printable
 from musiclm_pytorch.cli.checks import ModelOptions, device_named
 
 if TYPE_CHECKING:
+    import torch
+
     from musiclm_pytorch.web.request import Model
 
 __all__ = ["Web"]
@@ -41,18 +43,19 @@ class Web(ModelOptions):
 
         limits = Limits(seconds=self.max_seconds, candidates=self.max_candidates, jobs=self.max_jobs)
         listen(self.host, self.port, self.token).close()  # a mistake ends the command before the models are loaded
-        models = {name: self._load(name) for name in self.model}
+        device = device_named(self.device)
+        models = {name: self._load(name, device) for name in self.model}
         with MusicServer(models, host=self.host, port=self.port, token=self.token, limits=limits) as server:
             query = "" if server.token is None else f"/?token={server.token}"
             print(printable(f"{server.url}{query}  (Ctrl-C ends)"), flush=True)
             threading.Event().wait()
         return 0
 
-    def _load(self, name: str) -> "Model":
+    def _load(self, name: str, device: "torch.device") -> "Model":
         """Load a MusicLM or a MusicGen."""
         from musiclm_pytorch.musicgen.musicgen import MusicGen
         from musiclm_pytorch.musicgen.published import is_musicgen
         from musiclm_pytorch.musiclm import MusicLM
 
-        source, device = self.source_of(name), device_named(self.device)
+        source = self.source_of(name)
         return (MusicGen if is_musicgen(**source) else MusicLM).from_pretrained(**source, device=device)

@@ -1,5 +1,6 @@
 """Prompts of MusicLM: texts, weighted mixtures of texts and recordings, and stories, which change over time."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -15,10 +16,22 @@ from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audio.waves import one_mono_wave
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.module_state import device_of
+from audiolm_pytorch.saving.text import printable
 from musiclm_pytorch.mulan.text_tower import report_unknown_words
 from musiclm_pytorch.quantizer.embed_quantizer import Modality, MuLaNEmbedQuantizer
 
-__all__ = ["EmbeddedPrompt", "Mixture", "MusicPrompt", "embed_prompts", "prompts_of", "stories_of", "story_of_lines"]
+__all__ = [
+    "EmbeddedPrompt",
+    "Mixture",
+    "MusicPrompt",
+    "embed_prompts",
+    "prompts_of",
+    "request_comment",
+    "stories_of",
+    "story_of_lines",
+]
+
+_MAX_COMMENT_LETTERS = 400
 
 
 @typed
@@ -97,6 +110,16 @@ def story_of_lines(lines: str, source: str) -> list[tuple[float, str]]:
         if not text.strip():
             raise ValueError(f'line {number} of {source} has no text; write a line like "15 a slow waltz"')
     return story
+
+
+def request_comment(text: str, *, seed: int, seconds: float, model: str, is_ascii: bool = False) -> str:
+    """Return a request as JSON for the comment field of an audio file, with the first 400 letters of its text.
+
+    With `is_ascii`, all other letters are escaped, since libsndfile stores them wrongly in MP3 files. Letters that no
+    file can store, as of a file name that is not UTF-8, are always escaped.
+    """
+    request = {"seed": seed, "seconds": seconds, "model": model, "text": text[:_MAX_COMMENT_LETTERS]}
+    return printable(json.dumps(request, ensure_ascii=is_ascii))
 
 
 def embed_prompts(

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -69,10 +69,7 @@ class FineTuning:
     @property
     def about(self) -> dict[str, Any]:
         """Settings for generation of a MusicLM, as in its card."""
-        if not isinstance(self.model, MusicLM):
-            return {}
-        sampling = {name: asdict(settings) for name, settings in self.model.audio_lm.sampling.items()}
-        return {"sampling": sampling, "num_levels": self.model.num_levels}
+        return self.model.generation_settings if isinstance(self.model, MusicLM) else {}
 
 
 def warn_of_unread_captions(stage: str, captions: Sequence[str], text_prob: float) -> None:

@@ -25,7 +25,7 @@ _MARKS = ("format_version", "onnx_files")
 _BATCH, _FRAMES, _ROWS = 2, 30, 6
 
 
-class _Call(nn.Module):
+class MethodCall(nn.Module):
     """Module whose `forward` is a method of another module."""
 
     def __init__(self, module: nn.Module, method: str) -> None:
@@ -58,8 +58,8 @@ def export_onnx(out: str | Path, codec: Codec, stages: Mapping[str, TokenTransfo
     wave = torch.zeros(_BATCH, codec.channels, codec.downsample_factor * _FRAMES)
     codes = torch.zeros(_BATCH, codec.num_frames(wave.shape[-1]), codec.num_quantizers, dtype=torch.long)
     programs: dict[str, tuple[nn.Module, dict[str, Tensor], tuple[str, ...]]] = {
-        "codec_encoder": (_Call(codec, "tokenize"), {"x": wave}, ("codes",)),
-        "codec_decoder": (_Call(codec, "decode_from_codebook_indices"), {"x": codes}, ("wave",)),
+        "codec_encoder": (MethodCall(codec, "tokenize"), {"x": wave}, ("codes",)),
+        "codec_decoder": (MethodCall(codec, "decode_from_codebook_indices"), {"x": codes}, ("wave",)),
     }
     about: dict[str, Any] = {}
     for name, stage in stages.items():

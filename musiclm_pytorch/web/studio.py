@@ -1,7 +1,6 @@
 """Runs the requests of the page and the API, one after the other, in one thread."""
 
 import base64
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 
 from audiolm_pytorch.audio.files import peak_safe, write_audio
-from audiolm_pytorch.saving.text import printable
 from musiclm_pytorch.generation.candidates import MusicChunk
+from musiclm_pytorch.generation.prompts import request_comment
 from musiclm_pytorch.musicgen.musicgen import MusicGen
 from musiclm_pytorch.web.picture import write_picture
 from musiclm_pytorch.web.request import Limits, Model, WebRequest
@@ -24,7 +23,6 @@ __all__ = ["Studio"]
 
 _POLL_SECONDS = 0.25
 _KEPT_CHUNKS = 4  # a browser may skip an update
-_MAX_LETTERS = 400  # of the text in the comment of a file
 
 _Candidate = tuple[Tensor, int, float | None]  # wave, seed and similarity
 
@@ -163,9 +161,9 @@ class _Job:
         if self.is_cancelled:
             raise CancelledError
         request, wave, sample_hz = self.request, peak_safe(wave.float().cpu()), self.model.sample_hz
-        comment = {"seed": seed, "seconds": request.seconds, "model": self._name, "text": request.title[:_MAX_LETTERS]}
+        comment = request_comment(request.title, seed=seed, seconds=request.seconds, model=self._name)
         sound, picture = (self._folder / f"music-seed-{seed}{suffix}" for suffix in (".wav", ".png"))
-        write_audio(sound, wave, sample_hz, comment=printable(json.dumps(comment, ensure_ascii=False)))
+        write_audio(sound, wave, sample_hz, comment=comment)
         write_picture(picture, wave.mean(dim=0) if wave.ndim == 2 else wave, sample_hz)
         similarity = "" if score is None else f"similarity {score:.3f}, "
         return {

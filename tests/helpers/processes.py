@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +24,12 @@ def run_two_processes(*arguments: str | Path) -> subprocess.CompletedProcess[str
     gloo may abort at exit after all work is done, so the exit status says nothing.
     """
     return run_python(*_LAUNCHER, *arguments)
+
+
+def with_default_sigint(command: Sequence[str]) -> list[str]:
+    """Return a command that starts another one with Ctrl-C as in a terminal.
+
+    A shell starts background processes with SIGINT ignored.
+    """
+    program = "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    return [sys.executable, "-c", program + "os.execv(sys.argv[1], sys.argv[1:])", *command]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.bad_input import bad_input, check_bad_input, listing
+from tests.helpers.processes import with_default_sigint
 
 pytest.importorskip("gradio", reason='needs pip install "musiclm[web]"')
 pytestmark = pytest.mark.slow
@@ -35,10 +36,8 @@ def test_others_get_a_link_with_a_token_and_ctrl_c_ends_the_server(tmp_path: Pat
     """The link is the only line; without its token, the server refuses; no file is left."""
     import httpx
 
-    # a shell starts background processes with SIGINT ignored
-    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    start += "import sys; from musiclm_pytorch.cli.app import main; sys.exit(main())"
-    program = [sys.executable, "-c", start, *"web --host 0.0.0.0 --port 0 --model tiny".split()]
+    words = "-m musiclm_pytorch.cli web --host 0.0.0.0 --port 0 --model tiny".split()
+    program = with_default_sigint([sys.executable, *words])
     environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(program, env=environment, cwd=tmp_path, **pipes) as server:

@@ -17,6 +17,7 @@ from audiolm_pytorch.saving.files import read_json
 from tests.helpers import micro
 from tests.helpers.killed_runs import damage_runs, flip_bits, kill_runs, run_for_flips
 from tests.helpers.micro import write_clips
+from tests.helpers.processes import with_default_sigint
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
@@ -53,10 +54,7 @@ def test_the_command_ends_with_a_checkpoint(tmp_path: Path, number: signal.Signa
     words = ["train", "codec", "--preset", "micro", "--data", str(write_clips(tmp_path / "data", 5))]
     words += ["--out", str(tmp_path / "run"), "--scale", "50"]
     command = [sys.executable, str(Path(micro.__file__)), *words]
-    # a shell starts background processes with SIGINT ignored
-    program = "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    program += "os.execv(sys.argv[1], sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", program, *command], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(with_default_sigint(command), stderr=subprocess.PIPE, text=True)
     state = tmp_path / "run" / "codec" / "checkpoint" / "state.json"
     deadline = time.monotonic() + 500
     while time.monotonic() < deadline and not (state.is_file() and '"step": 0,' not in state.read_text()[:200]):
