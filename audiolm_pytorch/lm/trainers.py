@@ -82,7 +82,8 @@ class StageTrainer:
         text_prob: Probability that training computes the codes of a recording from its caption, as in generation,
             instead of its audio.
         conditioners: Functions that compute further conditions of the stage from a `WaveBatch`, by condition name; not
-            allowed with `shards`, which store the condition embeddings.
+            allowed with `shards`, which store the condition embeddings. A condition that the data lack is left out of
+            the whole training, with a warning.
         augment_text: Function that changes the caption of a recording in training: `(caption, tags, rng) -> caption`,
             where a caption may be None, and tags are the texts of `tags_in`.
         augment_waves: Function that changes the waves and captions of a training batch: `(WaveBatch, rng) ->
@@ -149,6 +150,9 @@ class StageTrainer:
             train = WaveSource(train_items, transformer, augment_waves=augment_waves, **only_train, **shared)
             valid = WaveSource(valid_items, transformer, **shared)
         _check_captions(transformer, train)
+        missing = sorted({*transformer.further_conditions} - {*train.conditions})
+        if missing:
+            logger.warning("the data lack %s; the %s transformer is trained without", missing, transformer.namespace)
         if not all_shards:
             _warn_of_unused(transformer, wav2vec, codec, train, bool(conditioners))
         self.transformer, self.conditioner, self.text_conditioner = transformer, audio_conditioner, text_conditioner

@@ -103,6 +103,11 @@ class StageSource(ABC):
 
     @property
     @abstractmethod
+    def conditions(self) -> tuple[str, ...]:
+        """Names of the further conditions of the stage that the recordings have."""
+
+    @property
+    @abstractmethod
     def digest(self) -> str:
         """Hash of the recordings, which must not change when a run is resumed."""
 
@@ -179,10 +184,10 @@ class WaveSource(StageSource):
         self.wav2vec, self.codec = wav2vec, codec
         self.rates_hz = sample_rates(transformer.kinds, wav2vec, codec)
         self.conditioners = dict(conditioners or {})
-        if set(self.conditioners) != set(transformer.further_conditions):
+        if not set(self.conditioners) <= set(transformer.further_conditions):
             raise ValueError(
                 f"the {transformer.namespace} transformer has the conditions {sorted(transformer.further_conditions)}, "
-                f"but got conditioners of {sorted(self.conditioners)}; pass one conditioner per condition"
+                f"but got conditioners of {sorted(self.conditioners)}; pass only conditioners of its conditions"
             )
         rates_hz = (getattr(one, "sample_hz", None) for one in (audio_conditioner, *self.conditioners.values()))
         conditioners_hz = [rate_hz for rate_hz in rates_hz if rate_hz is not None]
@@ -205,6 +210,11 @@ class WaveSource(StageSource):
     def has_captions(self) -> bool:
         """Whether any file has a caption."""
         return any(self.captions)
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Names of the conditions that are computed from the files."""
+        return tuple(self.conditioners)
 
     @property
     def digest(self) -> str:
@@ -286,7 +296,7 @@ class ShardSource(StageSource):
     Shards need fields with the tokens of the stage: `semantic [t]`, `acoustic [f, q]`, extra streams by name. For a
     conditioner, shards need the field `latents [w, d]` of w windows at equal distances; for `text_prob > 0`,
     `text_latents [k, d]` of k captions; for a `text_dim`, `captions` (see `encode_texts`); for a further condition, a
-    field with its name, `[d]` or `[embeddings, d]`. `augment_text` receives the texts in the field `tags`, if there is
+    field with its name, `[d]` or `[embeddings, d]`; without it, no item has the condition. `augment_text` receives the texts in the field `tags`, if there is
     one. Extra streams without a rate are not cropped.
 
     Args:
@@ -311,8 +321,9 @@ class ShardSource(StageSource):
             "text_latents": text_prob > 0,
             "captions": self.uses_captions,
         }
-        self.ways = {name: transformer.fuser.specs[name].way for name in transformer.further_conditions}
-        needed = {*transformer.kinds, *self.ways, *(field for field, is_needed in optional.items() if is_needed)}
+        specs = {name: transformer.fuser.specs[name] for name in transformer.further_conditions}
+        self.ways = {name: spec.way for name, spec in specs.items() if name in shards.fields}
+        needed = {*transformer.kinds, *(field for field, is_needed in optional.items() if is_needed)}
         if not needed <= set(shards.fields):
             raise ValueError(f"{shards.folder} has fields {sorted(shards.fields)}, the stage needs {sorted(needed)}")
         layout = transformer.layout
@@ -353,6 +364,11 @@ class ShardSource(StageSource):
             return self.shards.longest("text_latents") > 0
         records = range(len(self)) if "captions" in self.shards.fields else ()
         return any(decode_texts(self.shards[index]["captions"]) for index in records)
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Names of the conditions that the shards have as fields."""
+        return tuple(self.ways)
 
     @property
     def digest(self) -> str:

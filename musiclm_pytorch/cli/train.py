@@ -30,10 +30,10 @@ class Train(PresetOptions, PartOptions):
 
     step: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STEP")]
     """all, or one of: codec, semantic-tokenizer, mulan, quantizer, tokens, semantic, coarse, fine. Optional steps (not
-    in all) add melodies to a trained model: melody, melody-semantic, melody-coarse; they need the label pitch_class
-    (notes) in the manifest."""
+    in all) add melodies to the stages of the run or of --from: melody, melody-semantic, melody-coarse; they need the
+    label pitch_class (notes) in the manifest."""
     preset: str | None = None
-    """Sizes and training settings; by default tiny, with --from finetune, and with --lora-rank lora."""
+    """Sizes and training settings; by default tiny, with --from finetune (not for melodies), with --lora-rank lora."""
     from_model: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Train this model further: tiny (bundled), a folder, or a hub id. The stages of a MusicLM are trained on captions,
     with its other parts unchanged. The steps codec, semantic-tokenizer and mulan also accept a model of one part."""
@@ -65,14 +65,18 @@ class Train(PresetOptions, PartOptions):
         from audiolm_pytorch.training.distributed import create_accelerator
         from musiclm_pytorch.pipeline.pipeline import Pipeline
         from musiclm_pytorch.pipeline.presets import preset_named
-        from musiclm_pytorch.pipeline.steps import check_step
+        from musiclm_pytorch.pipeline.steps import MELODY_STEPS, check_step
 
         if self.step in ("kmeans", "musicgen"):
             raise ValueError(f"{self.step} must be the first word after train; see musiclm train {self.step} --help")
         check_step(self.step)
         if self.from_model is None and (self.lora_rank is not None or self.freeze):
             raise ValueError("--lora-rank and --freeze need --from; add the model to train further")
-        default = "tiny" if self.from_model is None else "finetune" if self.lora_rank is None else "lora"
+        if self.lora_rank is not None and self.step in MELODY_STEPS:
+            raise ValueError(f"the step {self.step} trains all weights; leave out --lora-rank")
+        default = "finetune" if self.lora_rank is None else "lora"
+        if self.from_model is None or self.step in MELODY_STEPS:
+            default = "tiny"
         preset = self.resolved(preset_named(self.preset or default))
         if self.print_config:
             print_settings(preset)
@@ -122,9 +126,8 @@ class Train(PresetOptions, PartOptions):
             return None
         from musiclm_pytorch.musiclm import MusicLM
         from musiclm_pytorch.pipeline.fine_tuning import START_KINDS, FineTuning
-        from musiclm_pytorch.pipeline.steps import MELODY_STEPS
 
-        if self.step == "quantizer" or self.step in MELODY_STEPS:
+        if self.step == "quantizer":
             raise ValueError(f"the step {self.step} trains no model further; leave out --from, or choose another step")
         model = START_KINDS.get(self.step, MusicLM).from_pretrained(**self.source_of(self.from_model))
         return FineTuning(model=model, lora_rank=self.lora_rank, freeze=self.freeze)

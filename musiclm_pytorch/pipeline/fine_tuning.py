@@ -13,6 +13,7 @@ from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.semantic import BestRQEncoder, KMeansTokenizer, SemanticTokenizer
+from musiclm_pytorch.melody.embedder import CONDITION as MELODY
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.pipeline.builders import STAGES
@@ -88,11 +89,13 @@ def _parts(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]
         stages: dict[str, Any] = {name: audio_lm.stages[name] for name in STAGES if name in audio_lm.stages}
         if quantizer is None or len(stages) < len(STAGES) or any(_has_other_conditions(one) for one in stages.values()):
             raise ValueError(
-                "this pipeline trains a MusicLM with a MuLaN and three stages, without melodies and text states; train "
-                "the stages of other models with SemanticTransformerTrainer, CoarseTransformerTrainer and "
+                "this pipeline trains a MusicLM with a MuLaN and three stages, and without text states; train the "
+                "stages of other models with SemanticTransformerTrainer, CoarseTransformerTrainer and "
                 "FineTransformerTrainer in Python"
             )
-        modules = {"codec": audio_lm.codec, "semantic-tokenizer": audio_lm.wav2vec}
+        modules: dict[str, Any] = {"codec": audio_lm.codec, "semantic-tokenizer": audio_lm.wav2vec}
+        if model.melody_embedder is not None:
+            modules["melody"] = model.melody_embedder
         return stages, {**modules, "mulan": quantizer.mulan, "quantizer": quantizer}
     if isinstance(model, SoundStream):
         return {"codec": model}, {}
@@ -107,4 +110,4 @@ def _parts(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]
 
 
 def _has_other_conditions(stage: Any) -> bool:
-    return stage.text_dim is not None or bool(stage.further_conditions)
+    return not set(stage.further_conditions) <= {MELODY} or stage.text_dim is not None

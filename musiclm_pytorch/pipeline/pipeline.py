@@ -194,7 +194,8 @@ class Pipeline:
     def _check_needs(self, names: list[str]) -> None:
         """Check, before the first step starts, that every result needed by the steps in `names` exists."""
         for name in names:
-            missing = [need for need in ALL_STEPS[name] if need not in names and not self.is_done(need)]
+            given = {*names, *(stage for stage in STAGES if stage in self.start.trained)}
+            missing = [need for need in ALL_STEPS[name] if need not in given and not self.is_done(need)]
             if missing:
                 raise ValueError(
                     f"the step {name} needs the result of {' and '.join(missing)}; "
@@ -221,7 +222,7 @@ class Pipeline:
                 metrics = getattr(self, f"_run_{step.replace('-', '_')}")()
         seconds = time.monotonic() - started + metrics.pop("earlier_seconds", 0.0)
         if self.accelerator.is_main_process:
-            report = {"seconds": seconds, "metrics": metrics, "made_from": self._hashes(ALL_STEPS[step])}
+            report = {"seconds": seconds, "metrics": metrics, "made_from": self._hashes(filter(self.is_done, ALL_STEPS[step]))}
             (self.out / step).mkdir(exist_ok=True)
             write_json(self.out / step / "report.json", report, sealed=True)
             for name in (*_TRAINING_FILES, step.removeprefix("melody-")):
@@ -288,7 +289,8 @@ class Pipeline:
     def _has_all_parts(self) -> bool:
         """Whether a model can be assembled, which has the stages to train further where they are not trained yet."""
         missing = [name for name in STEPS if not self.is_done(name)]
-        return missing != list(STAGES) and all(name in STAGES and name in self.start.trained for name in missing)
+        has_trained = bool({*STAGES, *MELODY_STEPS} & set(self._steps_of_model()))
+        return has_trained and all(name in STAGES and name in self.start.trained for name in missing)
 
     def _is_up_to_date(self) -> bool:
         """Whether the assembled model was computed from the current results of all steps."""
@@ -378,8 +380,12 @@ class Pipeline:
         else:
             config, embedder = preset.melody, self._load("melody", MelodyEmbedder)
             preset = replace(preset, **{stage: replace(getattr(preset, stage), run=config.stage_run)})
-            self._load_table(quantizer, stage, stage)
-            transformer = self._load(stage, PARTS[stage]).with_condition(MELODY, embedder.dim_latent, config.drop_prob)
+            transformer = self.start.copy_of(stage)
+            if self.is_done(stage):
+                self._load_table(quantizer, stage, stage)
+                transformer = self._load(stage, PARTS[stage])
+            if MELODY not in transformer.further_conditions:
+                transformer = transformer.with_condition(MELODY, embedder.dim_latent, config.drop_prob)
             given = {"stage": transformer, "seed": self.seed, "accelerator": self.accelerator}
             train, valid = (
                 compute_melodies(self.out / "melody" / tokens.folder.name, items, tokens, embedder, **given)
@@ -426,8 +432,8 @@ class Pipeline:
                 name: self._load(step, PARTS[name]) if self.is_done(step) else self.start.copy_of(step)
                 for name, step in ((name, step.replace("_", "-")) for name, step in trained.items())
             }
-            if "melody" in steps:
-                parts["melody"] = self._load("melody", MelodyEmbedder)
+            if "melody" in steps or "melody" in self.pretrained:
+                parts["melody"] = self._load("melody", MelodyEmbedder) if "melody" in steps else self.pretrained["melody"]
             sampling = {}
             for stage in STAGES:
                 if self.is_done(trained[stage]):

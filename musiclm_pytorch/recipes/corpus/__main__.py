@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from musiclm_pytorch.recipes.corpus.corpus import NUM_WORKERS, make_corpus
-from musiclm_pytorch.recipes.corpus.planning import CLIP_SECONDS
+from musiclm_pytorch.recipes.corpus.planning import CLIP_SECONDS, FOLK_FRACTION
 
 __all__ = ["main"]
 
@@ -27,6 +27,7 @@ def main(
     seconds: float = CLIP_SECONDS,
     soundfont: str | None = None,
     num_workers: int = NUM_WORKERS,
+    folk_fraction: float = FOLK_FRACTION,
 ) -> None:
     """Generate music clips with captions and labels.
 
@@ -40,8 +41,10 @@ def main(
             order with recorded drums in some clips. The default never uses "Csound GM", so that
             `--soundfont "Csound GM"` creates a test set with the same music in timbres that a model never met.
         num_workers: Number of synthesizer processes at a time.
+        folk_fraction: Share of folk dances among all tunes; 1 = only folk dances.
     """
-    make_corpus(out, num_train, num_valid, seed, seconds, soundfont, num_workers, progress=_report)
+    options = {"progress": _report, "folk_fraction": folk_fraction}
+    make_corpus(out, num_train, num_valid, seed, seconds, soundfont, num_workers, **options)
     sys.stdout.write(f"wrote {num_train} training and {num_valid} held-out clips to {out}\n")
 
 

@@ -15,16 +15,24 @@ import torch
 
 from audiolm_pytorch.audio.files import write_audio
 from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.nn.module_state import check_shares
 from audiolm_pytorch.saving.files import read_json, staged_files, write_json
 from musiclm_pytorch.recipes.corpus.effects import add_effect
 from musiclm_pytorch.recipes.corpus.midi import DRUM_CHANNEL, ControlChange, Note, ProgramChange
-from musiclm_pytorch.recipes.corpus.planning import CLIP_SECONDS, SAMPLE_HZ, ClipPlan, perform_plan, plan_clip
+from musiclm_pytorch.recipes.corpus.planning import (
+    CLIP_SECONDS,
+    FOLK_FRACTION,
+    SAMPLE_HZ,
+    ClipPlan,
+    perform_plan,
+    plan_clip,
+)
 from musiclm_pytorch.recipes.corpus.render import SOUNDFONTS, find_synthesizer, fit_peak, render_performances
 from musiclm_pytorch.recipes.corpus.samples import drum_track, find_samples
 
 __all__ = ["make_corpus"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # One run loads every soundfont once, which takes seconds of computing time.
 CLIPS_PER_RUN = 400
 NUM_WORKERS = 2
@@ -101,6 +109,7 @@ def make_corpus(
     soundfont: str | None = None,
     num_workers: int = NUM_WORKERS,
     progress: Callable[[int, int], None] | None = None,
+    folk_fraction: float = FOLK_FRACTION,
 ) -> Path:
     """Compose and render the clips of the corpus, and write the audio files and manifests.
 
@@ -118,6 +127,7 @@ def make_corpus(
             some clips. Tunes, labels and captions do not depend on it.
         num_workers: Number of synthesizer processes at a time.
         progress: Function that is called after every run with the number of finished runs and of all runs.
+        folk_fraction: Share of folk dances among all tunes; 1 = only folk dances.
 
     Returns:
         The folder of the corpus.
@@ -128,14 +138,15 @@ def make_corpus(
         raise ValueError(f"seconds must be in 1..60 and num_workers at least 1, got {seconds=} and {num_workers=}")
     if soundfont is not None and soundfont not in SOUNDFONTS:
         raise ValueError(f"unknown soundfont {soundfont!r}; use one of {', '.join(SOUNDFONTS)}")
+    check_shares(folk_fraction=folk_fraction)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     recipe = {"format_version": FORMAT_VERSION, "num_train": num_train, "num_valid": num_valid, "seed": seed}
-    _check_folder(folder, recipe | {"seconds": seconds, "soundfont": soundfont})
+    _check_folder(folder, recipe | {"seconds": seconds, "soundfont": soundfont, "folk_fraction": folk_fraction})
     (folder / "clips").mkdir(exist_ok=True)
     splits = {"train": num_train, "valid": num_valid}
     plans = {
-        split: [plan_clip(split, index, seed, seconds, soundfont) for index in range(count)]
+        split: [plan_clip(split, index, seed, seconds, soundfont, folk_fraction) for index in range(count)]
         for split, count in splits.items()
     }
     every_plan = [plan for split in splits for plan in plans[split]]

@@ -23,7 +23,7 @@ from musiclm_pytorch.recipes.corpus.repertoire import STYLES
 from musiclm_pytorch.recipes.corpus.samples import LOOPS_BPM, RECORDED_KITS
 from musiclm_pytorch.recipes.corpus.styles import Style
 
-__all__ = ["CLIP_SECONDS", "HELD_OUT_PAIRS", "SAMPLE_HZ", "ClipPlan", "perform_plan", "plan_clip"]
+__all__ = ["CLIP_SECONDS", "FOLK_FRACTION", "HELD_OUT_PAIRS", "SAMPLE_HZ", "ClipPlan", "perform_plan", "plan_clip"]
 
 CLIP_SECONDS = 5.0
 SAMPLE_HZ = 24_000
@@ -47,7 +47,7 @@ HELD_OUT_PAIRS: tuple[Pair, ...] = (
 )
 _HELD_OUT_VALID_FRACTION = 0.2
 
-_FOLK_FRACTION = 0.4
+FOLK_FRACTION = 0.4
 # Relative frequency of each value in folk dances.
 _FOLK_WEIGHTS: dict[str, _Weights] = {
     "instrument": FOLK_INSTRUMENTS,
@@ -145,11 +145,11 @@ def _draw_mood(rng: Random, moods: tuple[str, ...], fraction: float) -> str | No
 
 
 @lru_cache(maxsize=4)
-def _compose(split: str, number: int, seed: int) -> _Song:
+def _compose(split: str, number: int, seed: int, folk_fraction: float) -> _Song:
     """Compose tune `number` of a split."""
     name = f"recipe-{split}-{number:05d}"
     rng = Random(f"tune {seed} {name}")
-    if rng.random() < _FOLK_FRACTION:
+    if rng.random() < folk_fraction:
         dance = _pick(rng, _DANCE_WEIGHTS)
         mood_name = _draw_mood(rng, _FOLK_MOODS, _FOLK_MOOD_FRACTION)
         mood = MOODS[mood_name] if mood_name else Mood()
@@ -245,7 +245,12 @@ def _draw_recorded_drums(rng: Random, style: Style | None, bpm: float) -> str | 
 
 @typed
 def plan_clip(
-    split: str, index: int, seed: int, seconds: float = CLIP_SECONDS, soundfont: str | None = None
+    split: str,
+    index: int,
+    seed: int,
+    seconds: float = CLIP_SECONDS,
+    soundfont: str | None = None,
+    folk_fraction: float = FOLK_FRACTION,
 ) -> ClipPlan:
     """Draw the labels, captions and music of clip number `index` of a split, "train" or "valid".
 
@@ -256,10 +261,11 @@ def plan_clip(
         seconds: Length of the clip.
         soundfont: Soundfont of all sounds, a key of `render.SOUNDFONTS`; None = a random soundfont, and recorded drums
             in some clips. The tune, the labels and the captions do not depend on it.
+        folk_fraction: Share of folk dances among all tunes.
     """
     if split not in ("train", "valid"):
         raise ValueError(f"split must be 'train' or 'valid', got {split!r}")
-    song = _compose(split, index // CLIPS_PER_TUNE, seed)
+    song = _compose(split, index // CLIPS_PER_TUNE, seed, folk_fraction)
     rng = Random(f"clip {seed} {split} {index}")
     drawn = _draw_labels(rng, song, split)
     if song.style is None:

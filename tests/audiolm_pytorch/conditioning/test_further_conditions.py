@@ -228,11 +228,26 @@ def test_wrong_conditions_raise_errors(tmp_path: Path) -> None:
         stage.fuse({"key": ConditionTensor.of(TEMPI)}, 2)
     write_audio(tmp_path / "a.wav", torch.zeros(800), SAMPLE_HZ)
     common = {"transformer": stage, "wav2vec": FakeSemanticTokenizer(), "results_folder": tmp_path / "run", **RUN}
-    with pytest.raises(ValueError, match=r"conditions \['tempo'\], but got conditioners of \[\]"):
-        SemanticTransformerTrainer(folder=tmp_path, **common)
+    with pytest.raises(ValueError, match=r"conditions \['tempo'\], but got conditioners of \['key'\]"):
+        SemanticTransformerTrainer(folder=tmp_path, conditioners={"key": len}, **common)
     write_shards(tmp_path / "shards", lambda i: {"semantic": np.arange(10)}, 2, {})
     shards = TokenShards(tmp_path / "shards")
-    with pytest.raises(ValueError, match="the stage needs .*tempo"):
-        SemanticTransformerTrainer(shards=shards, **common)
     with pytest.raises(ValueError, match="store the condition embeddings in the shards"):
         SemanticTransformerTrainer(shards=shards, conditioners={"tempo": len}, **common)
+
+
+@pytest.mark.parametrize("way", ["sum", "cross"])
+def test_a_stage_is_trained_on_without_a_condition_that_the_data_lack(
+    way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning names the condition."""
+    stage = stage_with_tempo(way)
+    write_shards(tmp_path / "shards", lambda i: {"semantic": np.arange(10)}, 2, {})
+    write_audio(tmp_path / "a.wav", torch.zeros(800), SAMPLE_HZ)
+    common = {"transformer": stage, "wav2vec": FakeSemanticTokenizer(), **RUN, "num_train_steps": 3}
+    for number, data in enumerate(({"shards": TokenShards(tmp_path / "shards")}, {"folder": tmp_path})):
+        caplog.clear()
+        trainer = SemanticTransformerTrainer(results_folder=tmp_path / f"run{number}", **data, **common)
+        assert "the data lack ['tempo']; the semantic transformer is trained without" in caplog.text
+        trainer.train()
+        assert trainer.loop.is_finished
