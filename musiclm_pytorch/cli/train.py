@@ -100,8 +100,6 @@ class Train(PresetOptions, PartOptions):
             tokens_folder=self.tokens,
         )
         if self.dry_run or self.dry_run_device is not None:
-            if self.from_model is not None:
-                raise ValueError("estimates are for new models; leave out --from, or --dry-run")
             from musiclm_pytorch.pipeline.estimate import estimate
 
             print(estimate(pipeline, self.step, self.dry_run_device))

@@ -15,8 +15,10 @@ from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.lm.task import chance_losses
+from audiolm_pytorch.nn.lora import LoRA
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.training.distributed import to_device
+from audiolm_pytorch.training.freezing import frozen_parameters
 from audiolm_pytorch.training.precision import autocast
 from musiclm_pytorch.pipeline.builders import STAGES, build_codec, build_mulan, build_semantic_tokenizer, build_stage
 from musiclm_pytorch.pipeline.pipeline import Pipeline
@@ -155,8 +157,9 @@ class _Probe:
     def __init__(self, pipeline: Pipeline, assumed: str | None) -> None:
         self.assumed = assumed
         self.pipeline, self.preset, self.device = pipeline, pipeline.preset, pipeline.accelerator.device
-        self.codec: Any = pipeline.pretrained.get("codec") or build_codec(self.preset)
-        self.tokenizer: Any = pipeline.pretrained.get("semantic-tokenizer") or build_semantic_tokenizer(self.preset)
+        self.start, given = pipeline.start, {**pipeline.start.trained, **pipeline.pretrained}
+        self.codec: Any = given.get("codec") or build_codec(self.preset)
+        self.tokenizer: Any = given.get("semantic-tokenizer") or build_semantic_tokenizer(self.preset)
         for part in (self.codec, self.tokenizer):
             part.to(self.device).eval()
 
@@ -166,7 +169,7 @@ class _Probe:
         if step in ("quantizer", "tokens"):
             return self._encoding(step)
         config = getattr(self.preset, step.replace("-", "_"))
-        if self.assumed is None or not isinstance(config, TransformerConfig):
+        if self.assumed is None or step in self.start.trained or not isinstance(config, TransformerConfig):
             return self._training(step, config)
         # parameters, operations and memory grow linearly with the depth, so that no large model is built
         layer: dict[str, Any] = {"layer": 1} if hasattr(config, "layer") else {}  # that is clustered: within the depth
@@ -181,7 +184,10 @@ class _Probe:
         shortened = replace(config, run=replace(run, seconds=crop_seconds))
         build = self._stage if step in STAGES else self._tokenizer_or_mulan
         module, token_hz, chance, loss = build(step, shortened)
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if step in self.start.trained and self.start.lora_rank is not None:
+            LoRA(module, self.start.lora_rank)
+        with frozen_parameters(module, self.start.freeze):
+            parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         train_step = step_function(parameters, loss, run, self.device)
         num_parameters = sum(parameter.numel() for parameter in parameters)
         total_seconds = run.num_train_steps * run.batch_size * run.grad_accum_every * run.seconds
@@ -211,15 +217,18 @@ class _Probe:
         preset, items = replace(self.preset, **{step.replace("-", "_"): config}), self.pipeline.items
         loop: dict[str, Any] = dict(results_folder=self.pipeline.out / step, seed=self.pipeline.seed)
         trainer: Any
+        start = self.start.copy_of(step)
         if step == "codec":
-            trainer = codec_trainer(preset, items, **loop)
+            trainer = codec_trainer(preset, items, codec=start, **loop)
             trainer.task.unquantized_steps = config.run.num_train_steps  # the codebooks are not initialised here
-            token_hz = _frame_hz(trainer.task.codec) * config.num_quantizers
+            token_hz = _frame_hz(trainer.task.codec) * trainer.task.codec.num_quantizers
         elif step == "semantic-tokenizer":
-            trainer, token_hz = semantic_tokenizer_trainer(preset, items, **loop), config.token_hz
+            trainer = semantic_tokenizer_trainer(preset, items, encoder=start and start.encoder.requires_grad_(True), **loop)
+            token_hz = _frame_hz(self.tokenizer)
         else:
             self.pipeline.require_captions()
-            trainer = mulan_trainer(preset, items, self.pipeline.captions[:_MAX_CAPTIONS], **loop)
+            captions = self.pipeline.captions[:_MAX_CAPTIONS]
+            trainer = mulan_trainer(preset, items, captions, mulan=start, **loop)
             token_hz = 100 / 16 * config.num_mels / 16  # patches of 16 frames of 10 ms by 16 mel bands
         task = trainer.task
         task.module.to(self.device)
@@ -236,7 +245,8 @@ class _Probe:
         """Build a language model; also return tokens per second, chance loss, and the loss of a number of crops."""
         codec, tokenizer, device, seconds = self.codec, self.tokenizer, self.device, config.run.seconds
         preset = replace(self.preset, **{step: config})
-        transformer = build_stage(preset, step, codec=codec, tokenizer=tokenizer).to(device)
+        transformer = self.start.copy_of(step) or build_stage(preset, step, codec=codec, tokenizer=tokenizer)
+        transformer.to(device)
         num_semantic = max(1, int(seconds * _frame_hz(tokenizer)))
         num_acoustic = max(1, int(seconds * _frame_hz(codec)))
 
@@ -246,7 +256,8 @@ class _Probe:
                 "semantic": torch.randint(tokenizer.codebook_size, (num_crops, num_semantic), device=device),
                 "acoustic": torch.randint(codec.codebook_size, acoustic, device=device),
             }
-            embeddings = torch.randn(num_crops, self.preset.quantizer.num_quantizers, config.dim, device=device)
+            num_codes = self.preset.quantizer.num_quantizers
+            embeddings = torch.randn(num_crops, num_codes, transformer.cond_dim, device=device)
             conditions = {"codes": ConditionTensor.of(embeddings)}
             value: Tensor = transformer(transformer.packed(AudioTokens(tokens, {})), conditions).loss
             return value

@@ -55,6 +55,24 @@ def test_one_stage_is_trained_further(
     assert musiclm_command("train", "fine", *options, "--coarse.text-prob", 0.9) != 0
 
 
+@pytest.mark.parametrize("options", [(), ("--lora-rank", 2), ("--freeze", "embedding", "feed_forward")])
+def test_the_dry_run_counts_what_is_trained(
+    options: tuple[str, ...], micro_run: Path, micro_data: Path, tmp_path: Path, musiclm_command, capsys
+) -> None:
+    """Parameters of the stages of the model, not of the preset; other parts are pretrained; nothing is written."""
+    model, out = MusicLM.from_pretrained(micro_run / "model"), tmp_path / "out"
+    words = ["train", "all", "--preset", "micro", "--data", micro_data, "--out", out, "--from", micro_run / "model"]
+    assert musiclm_command(*words, "--dry-run", "--semantic.depth", 5, *options) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
+    for stage in STAGES:
+        weights = dict(model.audio_lm.stages[stage].named_parameters())
+        expected = sum(weight.numel() for weight in weights.values())
+        count = int(rows[stage][1].replace(",", ""))
+        assert count == expected if not options else 0 < count < expected
+    assert {rows[part][-1] for part in ("codec", "semantic-tokenizer", "mulan", "quantizer")} == {"pretrained"}
+    assert not out.exists()
+
+
 @pytest.mark.slow
 def test_updates_of_low_rank_are_small_and_merged(
     micro_run: Path, micro_data: Path, tmp_path: Path, musiclm_command: Callable[..., int], caplog
@@ -109,7 +127,6 @@ def test_wrong_starts_are_named(micro_run: Path, micro_data: Path, tmp_path: Pat
             ["codec", "--lora-rank", 2, "--from", micro_run / "codec" / "model"],
             "lora_rank must be at least 1, and needs",
         ),
-        (["all", "--dry-run", *start], "estimates are for new models"),
         (["all", "--codec", "codec_16khz", *start], "got pretrained parts and a MusicLM"),
     ):
         assert musiclm_command("train", *words, *options) != 0
