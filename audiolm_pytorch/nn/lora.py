@@ -9,7 +9,7 @@ from torch import nn
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.saving.text import one_line
 
-__all__ = ["ADAPTER_FILE", "LoRA", "load_lora"]
+__all__ = ["ADAPTER_FILE", "LoRA", "load_lora", "require_peft"]
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -28,7 +28,7 @@ class LoRA:
     def __init__(self, module: nn.Module, rank: int, scale: float = 1.0, frozen: Sequence[nn.Module] = ()) -> None:
         if rank < 1 or scale <= 0:
             raise ValueError(f"lora_rank must be at least 1, and lora_scale above 0, got {rank} and {scale}")
-        peft = _peft()
+        peft = require_peft()
         weights = [weight for part in (module, *frozen) for weight in part.parameters()]
         self._trainable = [weight for weight in weights if weight.requires_grad]
         names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
@@ -65,7 +65,7 @@ def load_lora(module: nn.Module, folder: str | Path) -> None:
     """Add the updates that `LoRA.save` or peft has written to a folder to the weights of a module."""
     if not Path(folder, ADAPTER_FILE).is_file():
         raise ValueError(f"{folder} contains no LoRA updates; pass a folder with {ADAPTER_FILE}")
-    peft, kind = _peft(), type(module).__name__
+    peft, kind = require_peft(), type(module).__name__
     expected = (peft.PeftConfig.from_pretrained(str(folder)).auto_mapping or {}).get("base_model_class", kind)
     if kind != expected:
         raise ValueError(f"{folder} contains LoRA updates of a {expected}; pass those of a {kind}")
@@ -78,7 +78,8 @@ def load_lora(module: nn.Module, folder: str | Path) -> None:
         weight.requires_grad_(is_trainable)
 
 
-def _peft() -> Any:
+def require_peft() -> Any:
+    """Return the module peft, or raise an ImportError that tells how to install it."""
     try:
         import peft
     except ImportError as error:

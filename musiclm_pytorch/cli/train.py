@@ -114,7 +114,8 @@ class Train(PresetOptions, PartOptions):
         print(f"{'total':20} {_duration(total_seconds)}")
         if pipeline.is_complete:
             folder = shlex.quote(str(pipeline.model_folder))
-            line = f'model in {pipeline.model_folder}; try: musiclm generate "a slow waltz" --model {folder}'
+            text = shlex.quote(next(iter(pipeline.captions), "a slow waltz"))
+            line = f"model in {pipeline.model_folder}; try: musiclm generate {text} --model {folder}"
             print(printable(line))
         return 0
 

@@ -223,7 +223,9 @@ class _Probe:
             trainer.task.unquantized_steps = config.run.num_train_steps  # the codebooks are not initialised here
             token_hz = _frame_hz(trainer.task.codec) * trainer.task.codec.num_quantizers
         elif step == "semantic-tokenizer":
-            trainer = semantic_tokenizer_trainer(preset, items, encoder=start and start.encoder.requires_grad_(True), **loop)
+            trainer = semantic_tokenizer_trainer(
+                preset, items, encoder=start and start.encoder.requires_grad_(True), **loop
+            )
             token_hz = _frame_hz(self.tokenizer)
         else:
             self.pipeline.require_captions()

@@ -10,6 +10,7 @@ from torch import nn
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.codecs.soundstream import SoundStream
+from audiolm_pytorch.nn.lora import require_peft
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.text import logger_named
 from audiolm_pytorch.semantic import BestRQEncoder, KMeansTokenizer, SemanticTokenizer
@@ -51,6 +52,8 @@ class FineTuning:
                 f"lora_rank must be at least 1, and needs a MusicLM to train further; got lora_rank={self.lora_rank} "
                 f"and a {type(self.model).__name__}; leave out lora_rank, or start from a MusicLM"
             )
+        if self.lora_rank is not None:
+            require_peft()  # before anything is computed
         object.__setattr__(self, "trained", trained)
         object.__setattr__(self, "unchanged", unchanged)
 

@@ -138,12 +138,12 @@ class Pipeline:
         """All captions and aspects of the training files."""
         return [text for item in self.train_items for text in (*captions_of(item), *aspects_of(item))]
 
-    def require_captions(self) -> None:
+    def require_captions(self, step: str = "mulan") -> None:
         """Raise a ValueError if the training files have no captions, which the training of MuLaN needs."""
         if not self.captions:
             raise ValueError(
-                f"{self.data} has no captions, but the step mulan needs them; pass a train.jsonl with 'audio' and "
-                "'caption' in every line"
+                f"{self.data} has no captions, but the step {step} needs them; write a.txt beside a.wav, or pass a "
+                "train.jsonl with 'audio' and 'caption' in every line"
             )
 
     @typed
@@ -201,8 +201,12 @@ class Pipeline:
                     f"the step {name} needs the result of {' and '.join(missing)}; "
                     f"first run musiclm train {missing[0]} with this --out"
                 )
-        if "mulan" in names and not self.is_done("mulan") and "mulan" not in self.pretrained:
-            self.require_captions()
+        needy = [stage for stage in STAGES if getattr(self.preset, stage).text_prob]
+        if "mulan" not in self.pretrained:
+            needy.append("mulan")
+        for name in needy:
+            if name in names and not self.is_done(name):
+                self.require_captions(name)
 
     def _run_step(self, step: str) -> StepReport:
         started = time.monotonic()
@@ -222,7 +226,11 @@ class Pipeline:
                 metrics = getattr(self, f"_run_{step.replace('-', '_')}")()
         seconds = time.monotonic() - started + metrics.pop("earlier_seconds", 0.0)
         if self.accelerator.is_main_process:
-            report = {"seconds": seconds, "metrics": metrics, "made_from": self._hashes(filter(self.is_done, ALL_STEPS[step]))}
+            report = {
+                "seconds": seconds,
+                "metrics": metrics,
+                "made_from": self._hashes(filter(self.is_done, ALL_STEPS[step])),
+            }
             (self.out / step).mkdir(exist_ok=True)
             write_json(self.out / step / "report.json", report, sealed=True)
             for name in (*_TRAINING_FILES, step.removeprefix("melody-")):
@@ -433,7 +441,9 @@ class Pipeline:
                 for name, step in ((name, step.replace("_", "-")) for name, step in trained.items())
             }
             if "melody" in steps or "melody" in self.pretrained:
-                parts["melody"] = self._load("melody", MelodyEmbedder) if "melody" in steps else self.pretrained["melody"]
+                parts["melody"] = (
+                    self._load("melody", MelodyEmbedder) if "melody" in steps else self.pretrained["melody"]
+                )
             sampling = {}
             for stage in STAGES:
                 if self.is_done(trained[stage]):

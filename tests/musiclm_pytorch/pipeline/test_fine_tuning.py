@@ -1,5 +1,7 @@
 """Training of models further: `musiclm train STEP --from MODEL`, LoRA and freezing."""
 
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,7 +117,9 @@ def test_parts_are_trained_further(
     assert sorted(distances)[len(distances) // 2] < 0.5  # new weights have a distance of about 1.4
 
 
-def test_wrong_starts_are_named(micro_run: Path, micro_data: Path, tmp_path: Path, capsys, musiclm_command) -> None:
+def test_wrong_starts_are_named(
+    micro_run: Path, micro_data: Path, tmp_path: Path, capsys, musiclm_command, monkeypatch
+) -> None:
     """Options that need a model, models that no step trains, and unknown names of parameters."""
     options = ["--preset", "micro", "--data", micro_data, "--out", tmp_path / "out"]
     start = ["--from", micro_run / "model"]
@@ -128,8 +132,18 @@ def test_wrong_starts_are_named(micro_run: Path, micro_data: Path, tmp_path: Pat
             "lora_rank must be at least 1, and needs",
         ),
         (["all", "--codec", "codec_16khz", *start], "got pretrained parts and a MusicLM"),
+        (["melody-coarse", "--lora-rank", 2, *start], "the step melody-coarse trains all weights; leave out"),
     ):
         assert musiclm_command("train", *words, *options) != 0
         assert message in capsys.readouterr().err
+    for file in micro_data.glob("*.wav"):
+        shutil.copy(file, tmp_path)
+    options = ["--preset", "micro", "--data", tmp_path, "--out", tmp_path / "out", "--coarse.text-prob", 0.9]
+    assert musiclm_command("train", "all", *options, *start) != 0
+    assert "has no captions, but the step coarse needs them; write a.txt beside a.wav" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # nothing is computed before
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match="LoRA needs peft"):
+        FineTuning(model=MusicLM.from_pretrained(micro_run / "model"), lora_rank=2)
     with pytest.raises(ValueError, match="a Linear cannot be trained further"):
         FineTuning(model=torch.nn.Linear(2, 2))

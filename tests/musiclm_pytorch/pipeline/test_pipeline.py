@@ -264,7 +264,7 @@ def test_missing_input_is_reported_before_anything_is_written(micro_data, tmp_pa
     """A step without its input raises an error at the start, not after hours of training."""
     bare = write_clips(tmp_path / "bare", 4, captions=False)
     cases = {
-        "all": "has no captions, but the step mulan needs them; pass a train.jsonl",
+        "all": "has no captions, but the step mulan needs them; write a.txt beside a.wav, or pass a",
         "mulan": "has no captions",
         "quantizer": "quantizer needs the result of mulan; first run musiclm train mulan",
         "fine": "first run musiclm train semantic-tokenizer",
