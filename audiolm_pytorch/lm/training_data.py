@@ -295,9 +295,9 @@ class ShardSource(StageSource):
 
     Shards need fields with the tokens of the stage: `semantic [t]`, `acoustic [f, q]`, extra streams by name. For a
     conditioner, shards need the field `latents [w, d]` of w windows at equal distances; for `text_prob > 0`,
-    `text_latents [k, d]` of k captions; for a `text_dim`, `captions` (see `encode_texts`); for a further condition, a
-    field with its name, `[d]` or `[embeddings, d]`; without it, no item has the condition. `augment_text` receives the texts in the field `tags`, if there is
-    one. Extra streams without a rate are not cropped.
+    `text_latents [k, d]` of k captions; for a `text_dim`, `captions` (see `encode_texts`); for a further condition,
+    a field with its name, `[d]` or `[embeddings, d]`; without it, no item has the condition. `augment_text`
+    receives the texts in the field `tags`, if there is one. Extra streams without a rate are not cropped.
 
     Args:
         seconds: Length of a crop in seconds; None = crops are whole recordings.

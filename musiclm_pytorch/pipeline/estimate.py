@@ -247,7 +247,8 @@ class _Probe:
         """Build a language model; also return tokens per second, chance loss, and the loss of a number of crops."""
         codec, tokenizer, device, seconds = self.codec, self.tokenizer, self.device, config.run.seconds
         preset = replace(self.preset, **{step: config})
-        transformer = self.start.copy_of(step) or build_stage(preset, step, codec=codec, tokenizer=tokenizer)
+        start = self.start.copy_of(step)
+        transformer: Any = start or build_stage(preset, step, codec=codec, tokenizer=tokenizer)
         transformer.to(device)
         num_semantic = max(1, int(seconds * _frame_hz(tokenizer)))
         num_acoustic = max(1, int(seconds * _frame_hz(codec)))

@@ -43,8 +43,7 @@ def main(
         num_workers: Number of synthesizer processes at a time.
         folk_fraction: Share of folk dances among all tunes; 1 = only folk dances.
     """
-    options = {"progress": _report, "folk_fraction": folk_fraction}
-    make_corpus(out, num_train, num_valid, seed, seconds, soundfont, num_workers, **options)
+    make_corpus(out, num_train, num_valid, seed, seconds, soundfont, num_workers, _report, folk_fraction)
     sys.stdout.write(f"wrote {num_train} training and {num_valid} held-out clips to {out}\n")
 
 
