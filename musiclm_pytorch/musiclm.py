@@ -376,7 +376,7 @@ class MusicLM(SharedModel):
             return {}
         if self.melody_embedder is None:
             raise ValueError(
-                "the model has no melody embedder; leave out the melody, or use another model, e.g. musicgen_tiny"
+                "the model does not follow melodies; leave out the melody, or use a model that does, e.g. musicgen_tiny"
             )
         hz = self.sample_hz if sample_hz is None else check_rate(sample_hz, "melody_sample_hz")
         waves = read_prompts(melody, hz, name="melody")

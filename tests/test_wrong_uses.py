@@ -87,7 +87,7 @@ USES: dict[str, tuple[Callable[[Any, Path, Path], object], str]] = {
     ),
     "melody without a melody model": (
         lambda m, data, out: m("a", melody=WAVE, melody_sample_hz=800),
-        "no melody embedder; leave out the melody",
+        "does not follow melodies; leave out the melody",
     ),
     "weights of a mixture": (lambda m, data, out: Mixture([("a", -1.0), ("b", 0.5)]), "weights that are not negative"),
     "story after the end": (lambda m, data, out: m([(0, "a"), (9, "b")], seconds=1.0), "changes after 9 s"),

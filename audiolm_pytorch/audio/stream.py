@@ -46,6 +46,15 @@ class AudioInfo:
     channels: int
 
 
+class _SoundFile(soundfile.SoundFile):
+    def seekable(self) -> bool:
+        """Whether `read` may seek to the end of what it has read.
+
+        The decoder of MP3 files would then decode frames without the earlier data that they need, and print errors.
+        """
+        return self.format != "MP3" and super().seekable()
+
+
 @contextmanager
 def open_sound(path: Path, source: io.IOBase | None = None) -> Iterator[soundfile.SoundFile]:
     """Open an audio file for a `with` statement; errors of libsndfile become ValueErrors that name the path.
@@ -65,7 +74,7 @@ def open_sound(path: Path, source: io.IOBase | None = None) -> Iterator[soundfil
         source.seek(0)
     try:
         # Bytes, because a file name may have characters that are not UTF-8.
-        with soundfile.SoundFile(os.fsencode(path) if source is None else source) as file:
+        with _SoundFile(os.fsencode(path) if source is None else source) as file:
             check_rate(file.samplerate, f"{path}: the sample rate of the file")
             yield file
     except soundfile.LibsndfileError as error:

@@ -18,7 +18,7 @@ from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.tokens.token_batch import TokenBatch
-from audiolm_pytorch.training.tracking import progress_bar
+from audiolm_pytorch.training.tracking import ProgressLog, progress_bar
 
 __all__ = [
     "ConditionChange",
@@ -304,18 +304,21 @@ class WaveStreams:
 
 
 class ProgressBars:
-    """Progress bars on the terminal, one per stage."""
+    """Progress bars on the terminal, one per stage; without a terminal, a line in the log every few minutes."""
 
     def __init__(self) -> None:
         self._bars: dict[str, Any] = {}
+        self._logs: dict[str, ProgressLog] = {}
 
     def __call__(self, stage: str, known_frames: int, requested_frames: int) -> None:
-        """Update the progress bar of `stage`."""
+        """Update the progress bar and the log of `stage`."""
         if stage not in self._bars:
             self._bars[stage] = progress_bar(stage, 0, requested_frames, shown=True)
+            self._logs[stage] = ProgressLog(stage, known_frames, requested_frames, shown=True, unit="frame")
         bar = self._bars[stage]
         bar.total = requested_frames
         bar.update(known_frames - bar.n)
+        self._logs[stage].update(known_frames)
 
     def close(self) -> None:
         """Remove all progress bars from the terminal."""

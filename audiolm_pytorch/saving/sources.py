@@ -40,6 +40,7 @@ def find_folder(
     allow_noncommercial: bool = False,
     needs: Sequence[str] = (),
     files: Sequence[str] | None = None,
+    offered: Sequence[str] = (),
 ) -> tuple[Path, str | None]:
     """Return the local folder of a model, and its commit on the hub (None for a local folder).
 
@@ -50,6 +51,7 @@ def find_folder(
     Args:
         needs: A local folder with none of these files is skipped if it has the name of a bundled model.
         files: Names of the files to download; None = all files except pickles.
+        offered: The error for a missing folder names only bundled models that have one of these files.
     """
     folder, commit = Path(source).expanduser(), None
     is_model = folder.is_dir() and (not needs or any((folder / name).is_file() for name in needs))
@@ -57,9 +59,15 @@ def find_folder(
         folder = bundled_models().get(str(source), folder)
     if not folder.is_dir():
         if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
+            names = [
+                name
+                for name, path in bundled_models().items()
+                if not offered or any((path / file).is_file() for file in offered)
+            ]
+            similar = get_close_matches(str(source), names, n=1)
             raise ValueError(
                 f"there is no folder {source}; pass an existing folder, a hub id like owner/name, or the name of a "
-                f"bundled model: {', '.join(bundled_models())}{_did_you_mean(str(source))}"
+                f"bundled model: {', '.join(names)}{f' (did you mean {similar[0]}?)' if similar else ''}"
             )
         folder = _downloaded(source, offline, revision, cache_dir, _FILES if files is None else files)
         commit = folder.name
@@ -67,11 +75,6 @@ def find_folder(
         raise ValueError(f"got revision={revision} of the local folder {folder}; only models on the hub have revisions")
     _check_licence(str(source), licence_of(folder, source), allow_noncommercial)
     return folder, commit
-
-
-def _did_you_mean(name: str) -> str:
-    similar = get_close_matches(name, bundled_models(), n=1)
-    return f" (did you mean {similar[0]}?)" if similar else ""
 
 
 def bundled_models() -> dict[str, Path]:

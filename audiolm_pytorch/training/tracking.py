@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,27 +121,34 @@ def progress_bar(name: str, done: int, total: int, shown: bool) -> tqdm:
 
 
 class ProgressLog:
-    """Logs the progress of a run every few minutes if standard error is not a terminal, which has a progress bar."""
+    """Logs the progress of a run every few minutes if standard error is not a terminal, which has a progress bar.
 
-    def __init__(self, name: str, done: int, total: int, shown: bool) -> None:
-        self.name, self.done, self.total = name, done, total
+    The minutes count from the last line of any log of the process, since one log may be short. `unit` is the name of a
+    step.
+    """
+
+    _logged: float = math.inf  # time of the last line
+
+    def __init__(self, name: str, done: int, total: int, shown: bool, unit: str = "step") -> None:
+        self.name, self.done, self.total, self.unit = name, done, total, unit
         self._is_shown = shown and not sys.stderr.isatty()
-        self._started = self._logged = time.monotonic()
+        self._started = time.monotonic()
+        ProgressLog._logged = min(ProgressLog._logged, self._started)
 
-    def update(self, step: int, metrics: Mapping[str, float | None]) -> None:
+    def update(self, step: int, metrics: Mapping[str, float | None] = MappingProxyType({})) -> None:
         """Log the completed steps, the latest losses and the remaining time if the last line is old enough."""
         now = time.monotonic()
-        if not self._is_shown or now - self._logged < _LOG_EVERY_SECONDS:
+        if not self._is_shown or step <= self.done or now - ProgressLog._logged < _LOG_EVERY_SECONDS:
             return
-        self._logged = now
+        ProgressLog._logged = now
         losses = "".join(
             f", {name} {value:.4g}" for name, value in metrics.items() if name.endswith(".loss") and value is not None
         )
         step_seconds = (now - self._started) / (step - self.done)
         minutes = step_seconds * (self.total - step) / 60
         logger.info(
-            "%s: step %d of %d%s, %.3g s per step, %.0f min left",
-            *(self.name, step, self.total, losses, step_seconds, minutes),
+            "%s: %s %d of %d%s, %.3g s per %s, %.0f min left",
+            *(self.name, self.unit, step, self.total, losses, step_seconds, self.unit, minutes),
         )
 
 

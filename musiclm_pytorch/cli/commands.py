@@ -61,6 +61,9 @@ _NUMBERS = ("inf", "infinity", "nan")
 _INDENT_OF_DESCRIPTIONS = 9  # in messages of tyro
 # Patterns of messages of tyro -> what is printed.
 _REWRITTEN = {
+    r"Error parsing --mix: .*: \[(.*)\]\W*": (
+        r'--mix: write the weight first, then the text or file, e.g. --mix 0.5 "a slow cello" 0.2 drums.wav; got \1'
+    ),
     r"Error parsing (\S+): no type matching (?:\{None\}\|)?FLOAT could .* from \[(.*)\]\W*": (
         r"\1 must be a number such as 2.5, got \2"
     ),

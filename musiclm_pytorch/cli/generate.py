@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +35,13 @@ if TYPE_CHECKING:
 
     _Chunk = MusicChunk | GeneratedMusic
 
-__all__ = ["Generate"]
+__all__ = ["REPEATED_OPTIONS", "Generate"]
+
+# The options in the comment of a file, with which `musiclm generate` makes it again.
+REPEATED_OPTIONS = (
+    *("seed", "num_samples", "seconds", "model", "story", "mix", "negative", "guidance_scale", "temperature"),
+    *("continue_from", "continue_seconds", "melody", "watermark"),
+)
 
 _AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 _STREAM_SUFFIXES = (".wav", ".raw")
@@ -80,11 +87,13 @@ class Generate(ModelOptions):
     """Device: cpu, cuda, mps, ... or auto, which selects a GPU if there is one."""
     continue_from: Path | None = None
     """Audio file to continue, of any sample rate. Its length counts towards --seconds."""
+    continue_seconds: float | None = None
+    """With --continue-from: continue only this many last seconds of the recording, with which the music begins."""
     melody: Path | None = None
     """Audio file whose melody the music follows, e.g. hummed or whistled, for models with a melody."""
     out: Path = Path("music.wav")
     """File to write (.wav, .flac, .ogg or .mp3; with --stream .wav or .raw, or - for standard output). A missing folder
-    is created. Without --stream, the comment field of the file has the text, the model and the seed."""
+    is created. Without --stream, the comment field of the file has the options that make it again (musiclm info)."""
     stream: bool = False
     """Write 16-bit samples while the music is generated. If there are several candidates, MuLaN ranks about the first
     --rank-seconds of each, and only the best one is continued; samples outside -1..1 are clipped."""
@@ -150,7 +159,7 @@ class Generate(ModelOptions):
             "texts": self.text,
             "seconds": self._seconds,
             "seeds": self.seed,
-            "prompt": self.continue_from,
+            **dict(zip(("prompt", "prompt_sample_hz"), self._prompt)),
             "melody": self.melody,
             **self._sampling,
         }
@@ -179,7 +188,7 @@ class Generate(ModelOptions):
         from audiolm_pytorch.audio.files import peak_safe, write_audio
 
         wave = peak_safe(self._marked(wave, sample_hz))
-        write_audio(self.out, wave, sample_hz, comment=self._comment(best))
+        write_audio(self.out, wave, sample_hz, comment=self._comment(best, 1 if scores else None))
         self._report(scores, best)
         self._print(f"wrote {self.out}")
         if self.plot is not None:
@@ -209,6 +218,26 @@ class Generate(ModelOptions):
             )
 
     @property
+    def _prompt(self) -> "tuple[Path | Tensor | None, int | None]":
+        """The recording to continue, as a file or as the wave `[1, c, n]` of its end with the sample rate."""
+        if self.continue_from is None or self.continue_seconds is None:
+            return self.continue_from, None
+        from audiolm_pytorch.audio.files import read_audio
+
+        wave, sample_hz = read_audio(self.continue_from, channels=None)
+        return wave[None, :, -max(1, round(self.continue_seconds * sample_hz)) :], sample_hz
+
+    @property
+    def _prompt_seconds(self) -> float:
+        """The length of the part of the recording that is continued."""
+        if self.continue_from is None:
+            return 0.0
+        from audiolm_pytorch.audio.stream import AudioSource
+
+        recording = AudioSource(self.continue_from).info
+        return min(recording.num_samples / recording.sample_hz, self.continue_seconds or inf)
+
+    @property
     def _sampling(self) -> dict[str, float]:
         """The sampling settings that differ from those of the model."""
         settings = {"guidance_scale": self.guidance_scale, "temperature": self.temperature}
@@ -227,7 +256,7 @@ class Generate(ModelOptions):
             "num_samples": self.num_samples or (1 if self.stream and self.rank_seconds is None else _NUM_SAMPLES),
             "seconds": self._seconds,
             "seed": self.seed,
-            "prime_wave": self.continue_from,
+            **dict(zip(("prime_wave", "prime_wave_input_sample_hz"), self._prompt)),
             "sampling": dict.fromkeys(("semantic", "coarse"), self._sampling) if self._sampling else None,
         }
 
@@ -258,7 +287,7 @@ class Generate(ModelOptions):
 
     def _write_samples(self, first: "_Chunk", chunks: "Iterator[_Chunk]", path: Path) -> None:
         """Write a header and the samples of all chunks."""
-        from audiolm_pytorch.training.tracking import progress_bar
+        from audiolm_pytorch.training.tracking import ProgressLog, progress_bar
 
         channels = len(first.waves[0]) if first.waves[0].ndim == 2 else 1
         has_header = not self.raw and self.out.suffix.lower() != ".raw"
@@ -268,7 +297,8 @@ class Generate(ModelOptions):
         with self._disk_errors(), open(path if to_file else sys.stdout.fileno(), "wb", closefd=to_file) as file:
             if has_header:
                 file.write(_wav_header(first.sample_hz, channels, None))
-            num_bytes = 0
+            num_bytes = num_samples = 0
+            log = ProgressLog("music", 0, round(self._seconds), to_file, unit="second")
             with progress_bar("samples", 0, round(self._seconds * first.sample_hz), shown=to_file) as bar:
                 for chunk in chain([first], chunks):
                     wave = self._marked(chunk.waves[0], first.sample_hz)
@@ -276,6 +306,8 @@ class Generate(ModelOptions):
                     num_bytes += file.write(samples.T.astype("<i2").tobytes())
                     file.flush()
                     bar.update(wave.shape[-1])
+                    num_samples += wave.shape[-1]
+                    log.update(num_samples // first.sample_hz)
             if has_header and to_file and file.seekable():
                 file.seek(0)
                 file.write(_wav_header(first.sample_hz, channels, num_bytes))
@@ -313,13 +345,7 @@ class Generate(ModelOptions):
     def _seconds(self) -> float:
         if self.seconds is not None:
             return self.seconds
-        last = self._starts[-1][0]
-        if self.continue_from is not None:
-            from audiolm_pytorch.audio.stream import AudioSource
-
-            recording = AudioSource(self.continue_from).info
-            last = max(last, recording.num_samples / recording.sample_hz)
-        return last + _LAST_SECONDS
+        return max(self._starts[-1][0], self._prompt_seconds) + _LAST_SECONDS
 
     @property
     def _title(self) -> str:
@@ -334,15 +360,21 @@ class Generate(ModelOptions):
             kept = "  <- kept" if number == best else ""
             self._print(f"candidate {number + 1}  seed {self.seed + number}  similarity {score:.3f}{kept}")
 
-    def _comment(self, best: int) -> str:
-        """Return the request as JSON for the comment field of the file; `--num-samples 1` with `seed` repeats it."""
+    def _comment(self, best: int, num_samples: int | None = 1) -> str:
+        """Return the request as JSON for the comment field of the file; `num_samples` repeats it (None: MusicGen)."""
         from musiclm_pytorch.generation.prompts import request_comment
 
+        values = {name: getattr(self, name) for name in REPEATED_OPTIONS if name not in ("seed", "seconds", "model")}
+        values["mix"] = [(weight, _without_folders(part)) for weight, part in self.mix]
+        values["num_samples"] = num_samples
+        for name in ("story", "continue_from", "melody", "watermark"):
+            values[name] = values[name] and _without_folders(values[name])
         return request_comment(
-            self._title,
+            self.text if self.story is None else self._title,
             seed=self.seed + best,
             seconds=self._seconds,
-            model=Path(self.model).name,
+            model=_without_folders(self.model),
+            options={name: value for name, value in values.items() if value not in (None, [])},
             is_ascii=self.out.suffix.lower() == ".mp3",
         )
 
@@ -356,6 +388,11 @@ def _wav_header(sample_hz: int, channels: int, num_bytes: int | None) -> bytes:
     sizes = (_UNKNOWN_SIZE, _UNKNOWN_SIZE) if num_bytes is None else (num_bytes + 36, num_bytes)
     sound = (16, 1, channels, sample_hz, sample_hz * channels * 2, channels * 2, 16)
     return struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", sizes[0], b"WAVE", b"fmt ", *sound, b"data", sizes[1])
+
+
+def _without_folders(path: Path | str) -> str:
+    """Return a text, or a path; of an absolute path only the name, since the folders name the user of a computer."""
+    return Path(path).name if Path(path).is_absolute() else str(path)
 
 
 def _with_ending(path: Path, ending: object) -> Path:
@@ -393,6 +430,10 @@ def _read_story(path: Path) -> list[tuple[float, str]]:
 
 def _check(command: Generate) -> None:
     """Check the arguments and that the files can be written, before the model is loaded."""
+    for name in ("continue_from", "melody", "story", "prompts"):
+        if (path := getattr(command, name)) is not None and (path.is_dir() or not path.exists()):
+            reason = "is a folder; name a file" if path.is_dir() else "no such file; check the name"
+            raise ValueError(f"{option_name(name)}: {path}: {reason}")
     sources = {"the text": command.text, "--story": command.story, "--prompts": command.prompts}
     if len(given := [name for name, value in sources.items() if value not in (None, "")]) > 1:
         raise ValueError(f"got {' and '.join(given)}; pass only one of them")
@@ -410,9 +451,10 @@ def _check(command: Generate) -> None:
             raise ValueError(f"the text {text!r:.60} is not UTF-8; type it in a terminal that uses UTF-8")
     check_at_least(command, num_samples=1, seed=0)
     check_seconds(command.seconds)
-    check_needs(command, {"rank_seconds": "stream", "raw": "stream"})
-    if command.rank_seconds is not None and not command.rank_seconds > 0:
-        raise ValueError(f"--rank-seconds must be above 0, got {command.rank_seconds:g}")
+    check_needs(command, {"rank_seconds": "stream", "raw": "stream", "continue_seconds": "continue_from"})
+    for name in ("rank_seconds", "continue_seconds"):
+        if (seconds := getattr(command, name)) is not None and not 0 < seconds < inf:
+            raise ValueError(f"{option_name(name)} must be above 0, got {seconds:g}")
     if command.stream and command.plot is not None:
         raise ValueError("--plot needs the whole music and cannot be used with --stream")
     if command.stream and (command.keep_all or command.json):
@@ -434,3 +476,23 @@ def _check(command: Generate) -> None:
 
         check_file(command.plot, PICTURE_SUFFIXES)
         require_matplotlib()
+    _check_recordings(command)
+
+
+def _check_recordings(command: Generate) -> None:
+    """Check that the recordings can be opened, and that the music is longer than the recording that is continued."""
+    from audiolm_pytorch.audio.formats import AUDIO_SUFFIXES
+    from audiolm_pytorch.audio.stream import open_sound
+
+    mixed = [Path(part) for _, part in command.mix]
+    mixed = [path for path in mixed if path.suffix.lower() in AUDIO_SUFFIXES or path.is_file()]
+    for path in (command.continue_from, command.melody, *mixed):
+        if path is not None:
+            with open_sound(path):
+                pass
+    if command.seconds is not None and (prompt_seconds := command._prompt_seconds) > command.seconds:
+        raise ValueError(
+            f"{command.continue_from}: {prompt_seconds:.2f} s are continued, longer than --seconds "
+            f"{command.seconds:g}, which includes them; write --continue-seconds {command.seconds / 2:g} to continue "
+            f"only the end, or --seconds {prompt_seconds + _LAST_SECONDS:.0f}"
+        )

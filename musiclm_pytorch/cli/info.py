@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import yaml
 
 from audiolm_pytorch import __version__
 from audiolm_pytorch.saving.text import printable
-from musiclm_pytorch.cli.checks import ModelOptions
+from musiclm_pytorch.cli.checks import ModelOptions, option_name
+from musiclm_pytorch.cli.generate import REPEATED_OPTIONS
 
 __all__ = ["Info"]
 
@@ -29,7 +31,7 @@ _WIDTH = 100
 class Info(ModelOptions):
     """Print versions, devices and bundled models; or what is known of a model or an audio file.
 
-    A file that `musiclm generate` wrote knows its text, seed and model.
+    Of a file that `musiclm generate` wrote, the command that makes it again is printed.
     """
 
     source: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE or MODEL]")] = None
@@ -40,14 +42,19 @@ class Info(ModelOptions):
     def execute(self) -> int:
         """Print the facts."""
         from audiolm_pytorch.audio.formats import AUDIO_SUFFIXES
+        from audiolm_pytorch.saving.sources import bundled_models, find_folder
 
+        path = Path(self.source or ".")
         if self.source is None:
             facts = _installation()
-        elif Path(self.source).is_file() or Path(self.source).suffix.lower() in AUDIO_SUFFIXES:
-            facts = _sound(Path(self.source))
+        elif path.is_file() or path.suffix.lower() in AUDIO_SUFFIXES:
+            facts = _sound(path)
+        elif path.suffix and path.parent.is_dir() and not path.exists():
+            raise ValueError(
+                f"there is no file or folder {path}; pass an audio file, the folder of a model, a hub id like "
+                f"owner/name, or the name of a bundled model: {', '.join(bundled_models())}"
+            )
         else:
-            from audiolm_pytorch.saving.sources import find_folder
-
             folder, _ = find_folder(**self.source_of(self.source))
             facts = _model(folder, self.source)
         print(json.dumps(facts, indent=2) if self.json else "\n".join(_lines(facts)))
@@ -59,16 +66,23 @@ def _installation() -> dict[str, Any]:
 
     models = {name: _model(folder, name) for name, folder in bundled_models().items()}
     known = {f"{key} of {name}": facts[key] for name, facts in models.items() for key in _KNOWN if key in facts}
+    dependencies = _dependencies()
+    missing = [name for name, version in dependencies.items() if version is None]
     return {
-        "versions": {"musiclm": __version__, "python": platform.python_version(), **_dependencies()},
-        "devices": _devices(),
         "bundled models": {name: {key: facts[key] for key in _SHORT} for name, facts in models.items()},
         **known,
+        "devices": _devices(),
+        "versions": {
+            "musiclm": __version__,
+            "python": platform.python_version(),
+            **{name: version for name, version in dependencies.items() if version is not None},
+        },
+        **({"optional packages that can be added": missing} if missing else {}),
     }
 
 
 def _dependencies() -> dict[str, str | None]:
-    """Return the versions of all packages that musiclm can use; None = not installed."""
+    """Return the versions of all packages that musiclm can use; None = not installed, as many optional ones."""
     try:
         requirements = metadata.requires("musiclm") or []
     except metadata.PackageNotFoundError:  # a source tree that is not installed
@@ -163,9 +177,35 @@ def _sound(path: Path) -> dict[str, Any]:
         request = comment
     if isinstance(request, dict):
         facts["generated"] = request
+        if (command := _command(request)) is not None:
+            facts["command"] = command
     elif comment:
         facts["comment"] = comment
     return facts
+
+
+def _command(request: Mapping[str, Any]) -> str | None:
+    """Return the command that makes a file again, from its comment; None = the comment lacks options or is shortened.
+
+    Anyone can write a comment, so only the options of `REPEATED_OPTIONS` are used.
+    """
+    from musiclm_pytorch.generation.prompts import MAX_COMMENT_LETTERS
+
+    text, options = request.get("text"), request.get("options")
+    if not isinstance(options, dict) or not isinstance(text, str) or len(text) >= MAX_COMMENT_LETTERS:
+        return None
+    words = ["musiclm", "generate", *([] if "story" in options else [text])]
+    for name in REPEATED_OPTIONS:
+        if (value := {**request, **options}.get(name)) is not None:
+            words += [option_name(name), *_words(value)]
+    return shlex.join(words)
+
+
+def _words(value: Any) -> list[str]:
+    """Return the words of the value of an option, from JSON."""
+    if isinstance(value, list):
+        return [word for entry in value for word in _words(entry)]
+    return [f"{value:.12g}" if isinstance(value, float) else str(value)]
 
 
 def _lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
@@ -180,4 +220,4 @@ def _lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
             yield f"{indent}{printable(name)}"
             yield from (f"{indent}  {line}" for line in lines)
         else:
-            yield f"{indent}{printable(name):{width}}  {'not installed' if value is None else printable(value)}"
+            yield f"{indent}{printable(name):{width}}  {printable(value)}"

@@ -1,5 +1,6 @@
 """`musiclm play FILE`: play an audio file with a program of this machine."""
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ _PLAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
 class Play:
     """Play an audio file with the first of these programs that is installed.
 
-    They are ffplay, mpv, pw-play, paplay, aplay (.wav), afplay (macOS) and play (SoX).
+    They are ffplay, mpv, pw-play, paplay, aplay (.wav), afplay (macOS) and play (SoX). Without them, Windows opens the
+    file with its default program.
     """
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
@@ -43,6 +45,10 @@ class Play:
         suffix = self.file.suffix.lower()
         usable = [name for name, (_, suffixes) in _PLAYERS.items() if suffixes is None or suffix in suffixes]
         player = next(filter(shutil.which, usable), None)
+        start_file = getattr(os, "startfile", None)  # of Windows
+        if player is None and start_file is not None:
+            start_file(self.file.absolute())
+            return 0
         if player is None:
             raise ValueError(f"none of {', '.join(usable)} is installed; install one, e.g. ffmpeg, or open {self.file}")
         # An absolute path cannot begin with a dash.

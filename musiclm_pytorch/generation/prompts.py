@@ -1,7 +1,7 @@
 """Prompts of MusicLM: texts, weighted mixtures of texts and recordings, and stories, which change over time."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -21,6 +21,7 @@ from musiclm_pytorch.mulan.text_tower import report_unknown_words
 from musiclm_pytorch.quantizer.embed_quantizer import Modality, MuLaNEmbedQuantizer
 
 __all__ = [
+    "MAX_COMMENT_LETTERS",
     "EmbeddedPrompt",
     "Mixture",
     "MusicPrompt",
@@ -31,7 +32,7 @@ __all__ = [
     "story_of_lines",
 ]
 
-_MAX_COMMENT_LETTERS = 400
+MAX_COMMENT_LETTERS = 400
 
 
 @typed
@@ -112,13 +113,24 @@ def story_of_lines(lines: str, source: str) -> list[tuple[float, str]]:
     return story
 
 
-def request_comment(text: str, *, seed: int, seconds: float, model: str, is_ascii: bool = False) -> str:
+def request_comment(
+    text: str,
+    *,
+    seed: int,
+    seconds: float,
+    model: str,
+    options: Mapping[str, Any] | None = None,
+    is_ascii: bool = False,
+) -> str:
     """Return a request as JSON for the comment field of an audio file, with the first 400 letters of its text.
 
-    With `is_ascii`, all other letters are escaped, since libsndfile stores them wrongly in MP3 files. Letters that no
-    file can store, as of a file name that is not UTF-8, are always escaped.
+    `options` are the further options of `musiclm generate`, with which its command makes the file again. With
+    `is_ascii`, all other letters are escaped, since libsndfile stores them wrongly in MP3 files. Letters that no file
+    can store, as of a file name that is not UTF-8, are always escaped.
     """
-    request = {"seed": seed, "seconds": seconds, "model": model, "text": text[:_MAX_COMMENT_LETTERS]}
+    request: dict[str, Any] = {"seed": seed, "seconds": seconds, "model": model, "text": text[:MAX_COMMENT_LETTERS]}
+    if options is not None:
+        request["options"] = dict(options)
     return printable(json.dumps(request, ensure_ascii=is_ascii))
 
 

@@ -281,7 +281,7 @@ class MusicGen(SharedModel):
                 (AudioGen: 0.2).
             fade_out_seconds: Duration of the linear fade-out at the end.
             callback: Called as `callback(known_frames, requested_frames)`, with the frames of the longest item.
-            progress: Whether to show a progress bar on the terminal.
+            progress: Whether to show a progress bar on the terminal, or without one to log a line every three minutes.
 
         Raises:
             ValueError: If inputs have different numbers of items, a prompt is longer than the music, or the model does

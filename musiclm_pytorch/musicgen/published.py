@@ -59,7 +59,7 @@ def find_musicgen(source: str | Path, **options: Any) -> tuple[Path, str | None]
 
 def is_musicgen(source: str | Path, **hub: Any) -> bool:
     """Whether a folder or a hub id has a MusicGen; only JSON files are downloaded."""
-    folder, commit = find_musicgen(source, files=["*.json"], **hub)
+    folder, commit = find_musicgen(source, files=["*.json"], offered=("musiclm.json", CARD), **hub)
     if (folder / CARD).is_file() or _model_type(folder) in MODEL_TYPES:
         return True
     # Models on the hub with only the files of audiocraft have no JSON files.

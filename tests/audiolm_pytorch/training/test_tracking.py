@@ -1,5 +1,6 @@
 """What a run reports while it trains: rows for trackers, samples for TensorBoard, and lines in a log."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +94,7 @@ def test_progress_is_logged_without_a_terminal(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)  # pytest -s has a terminal
     clock = iter(range(0, 100_000, 100))
     monkeypatch.setattr(tracking, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(ProgressLog, "_logged", math.inf)
     log = ProgressLog("codec", 10, 40, shown=True)
     for step in range(11, 15):
         log.update(step, {"train.loss": 1.5, "valid.mel": 2.0})

@@ -22,10 +22,14 @@ def test_music_is_written_to_a_file_and_streamed(musiclm_command, tmp_path: Path
     assert len(wave) == 16000
     assert musiclm_command(*words, "--out", tmp_path / "b.wav", "--stream") == 0
     assert abs(soundfile.read(tmp_path / "b.wav")[0] - wave).max() < 1e-3
-    melody = ("--melody", tmp_path / "a.wav", "--continue-from", tmp_path / "a.wav", "--seconds", 1)
+    melody = ("--melody", tmp_path / "a.wav", "--continue-from", tmp_path / "a.wav", "--continue-seconds", 0.3)
+    melody += ("--seconds", 1)
     assert musiclm_command(*words[:4], *melody, "--out", tmp_path / "c.wav") == 0
     assert len(soundfile.read(tmp_path / "c.wav")[0]) == 32000
     capsys.readouterr()
+    assert musiclm_command("info", tmp_path / "c.wav") == 0
+    command = "--seed 0 --seconds 1 --model model --continue-from a.wav --continue-seconds 0.3 --melody a.wav\n"
+    assert capsys.readouterr().out.endswith(f"musiclm generate 'slow piano' {command}")
     plain = write_musicgen(tmp_path / "plain")
     assert musiclm_command(*words[:2], "--model", plain, "--melody", tmp_path / "a.wav") == 2
     assert "no melody condition" in capsys.readouterr().err

@@ -1,13 +1,14 @@
 """`musiclm info`, `play` and `completion`."""
 
 import json
+import shlex
 import subprocess
 
 import pytest
 import torch
 
 from audiolm_pytorch.audio.files import write_audio
-from musiclm_pytorch.cli import play as play_command
+from musiclm_pytorch.cli import info as info_command, play as play_command
 
 
 def test_info_of_the_installation(musiclm_command, capsys):
@@ -22,7 +23,32 @@ def test_info_of_the_installation(musiclm_command, capsys):
     assert all(word in words for instrument in facts["instruments of tiny"] for word in instrument.split())
     assert musiclm_command("info") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "versions" in lines and max(map(len, lines)) <= 120
+    assert max(map(len, lines)) <= 120
+    order = ["bundled models", "instruments of tiny", "words of tiny", "devices", "versions"]
+    assert [line for line in lines if line in order] == order and "not installed" not in lines
+
+
+def test_missing_optional_packages_are_one_line(musiclm_command, monkeypatch, capsys):
+    """They come last, without versions."""
+    monkeypatch.setattr(info_command, "_dependencies", lambda: {"numpy": "2.0", "peft": None, "onnx": None})
+    assert musiclm_command("info") == 0
+    assert capsys.readouterr().out.endswith("  numpy    2.0\noptional packages that can be added\n  peft, onnx\n")
+
+
+def test_a_missing_file_is_no_missing_folder(musiclm_command, tmp_path, capsys):
+    """A name with a suffix is perhaps that of a file."""
+    for source, message in {tmp_path / "texts.txt": "file or folder", "tiney": "folder"}.items():
+        assert musiclm_command("info", source) == 2
+        assert f"there is no {message} {source}; pass" in capsys.readouterr().err
+
+
+def test_only_known_options_of_a_comment_are_in_the_command(musiclm_command, tmp_path, capsys):
+    """Anyone can write a comment; a comment of the web page, which has no options, is not repeated."""
+    request = {"text": "a $(jig)", "seed": 3, "options": {"out": ".bashrc", "mix": [[0.5, {"a": 1}]]}}
+    write_audio(tmp_path / "a.wav", torch.zeros(16000), 16000, comment=json.dumps(request))
+    assert musiclm_command("info", tmp_path / "a.wav", "--json") == 0
+    command = json.loads(capsys.readouterr().out)["command"]
+    assert shlex.split(command) == ["musiclm", "generate", "a $(jig)", "--seed", "3", "--mix", "0.5", "{'a': 1}"]
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
@@ -69,6 +95,16 @@ def test_play_uses_a_player_of_this_machine(musiclm_command, write_tone, tmp_pat
     assert capfd.readouterr().err.endswith("no sound card; check the sound device of this machine\n")
     assert musiclm_command("play", tmp_path / "none.wav") == 2
     assert "none.wav: no such file" in capfd.readouterr().err
+
+
+def test_play_opens_the_default_program_of_windows(musiclm_command, write_tone, monkeypatch):
+    """It is used if no player is installed."""
+    opened = []
+    monkeypatch.setattr(play_command.shutil, "which", lambda name: None)
+    monkeypatch.setattr(play_command.os, "startfile", opened.append, raising=False)
+    tone = write_tone("tone.flac")
+    assert musiclm_command("play", tone) == 0
+    assert opened == [tone]
 
 
 @pytest.mark.slow

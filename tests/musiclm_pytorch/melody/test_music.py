@@ -126,7 +126,7 @@ def test_wrong_melodies_are_one_line(musiclm: MusicLM) -> None:
         (musiclm, "different numbers of items", [torch.rand(90), torch.rand(90)]),
         (musiclm, r"melody 1 must be \[n\] or \[c, n\]", [torch.rand(90), torch.rand(1, 1, 90)]),
         (musiclm, "nowhere.wav", "nowhere.wav"),
-        (plain, "the model has no melody embedder", torch.rand(SAMPLE_HZ)),
+        (plain, "the model does not follow melodies", torch.rand(SAMPLE_HZ)),
         (
             MusicLM(audio_lm=plain.audio_lm, mulan_embed_quantizer=quantizer, melody_embedder=toy_embedder()),
             "no stage of the model is conditioned on a melody",
