@@ -31,7 +31,7 @@ CSS = """
 #result, #result > * { padding: 0; margin: 0; }
 footer .divider { display: none; }
 .recording .audio-container:has(.upload-container) { height: auto; }
-.recording .upload-container { height: 92px !important; min-height: 0; padding-top: 24px; }
+.recording .upload-container { height: 104px !important; min-height: 0; padding-top: 24px; }
 .recording .upload-container .wrap { min-height: 0; line-height: 1.3; }
 .recording .upload-container .icon-wrap { display: none; }
 #title h1 { margin: 12px 0 0; font-size: 26px; }
