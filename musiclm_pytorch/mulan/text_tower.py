@@ -18,7 +18,7 @@ from audiolm_pytorch.saving.modules import SavedModule, register
 from audiolm_pytorch.saving.text import logger_named
 from musiclm_pytorch.mulan.layers import pooled_layers
 
-__all__ = ["TextTower", "TextTransformer", "report_unknown_words", "words_of"]
+__all__ = ["TextTower", "TextTransformer", "prompt_warnings", "report_unknown_words", "words_of"]
 
 logger = logger_named(__name__)
 
@@ -120,25 +120,30 @@ class TextTransformer(TextTower):
         return pooled_layers(self.encoder, self.embedding(ids.clamp(min=0)), ids >= 0, layers)
 
     def report_unknown_words(self, texts: Sequence[str]) -> None:
-        """Log one warning for each text with words that are not in the training captions, or with a negation.
+        """Log the warnings of `prompt_warnings`, every word once."""
+        for warning in self.prompt_warnings(texts, self._reported):
+            logger.warning("%s", warning)
 
-        Every word is reported once. Towers without `known_words` report nothing.
+    def prompt_warnings(self, texts: Sequence[str], reported: set[str]) -> list[str]:
+        """Return a warning for each text with words that are not in the training captions, or with a negation.
+
+        Words in `reported` are left out, and the others are added to it. Towers without `known_words` return nothing.
         """
-        known = frozenset(self.known_words or ())
+        known, warnings = frozenset(self.known_words or ()), []
         for text in texts if known else ():
             words = dict.fromkeys(_words(text))
-            unknown = [word for word in words if word not in known | self._reported]
-            negations = [word for word in words if word in _NEGATIONS - self._reported]
-            self._reported.update(unknown, negations)
+            unknown = [word for word in words if word not in known | reported]
+            negations = [word for word in words if word in _NEGATIONS - reported]
+            reported.update(unknown, negations)
             if unknown:
                 shown = ", ".join(_with_similar(word, known) for word in unknown[:_WORDS_IN_WARNING])
                 shown += ", ..." if len(unknown) > _WORDS_IN_WARNING else ""
-                logger.warning("not in the training captions, so the music may not match: %s (in %r)", shown, text)
+                warnings.append(f"not in the training captions, so the music may not match: {shown} (in {text!r})")
             if negations:
-                logger.warning(
-                    "the embedding of a text hardly depends on %r; use a negative text (--negative) instead (in %r)",
-                    *(negations[0], text),
+                warnings.append(
+                    f"the music hardly depends on {negations[0]!r}; use a negative text instead (in {text!r})"
                 )
+        return warnings
 
 
 def report_unknown_words(model: nn.Module, texts: Sequence[str]) -> None:
@@ -146,6 +151,12 @@ def report_unknown_words(model: nn.Module, texts: Sequence[str]) -> None:
     for tower in model.modules():
         if isinstance(tower, TextTransformer):
             tower.report_unknown_words(texts)
+
+
+def prompt_warnings(model: nn.Module, texts: Sequence[str]) -> list[str]:
+    """Return the warnings that `report_unknown_words` logs, whether or not words were reported before."""
+    towers = [tower for tower in model.modules() if isinstance(tower, TextTransformer)]
+    return [warning for tower in towers for warning in tower.prompt_warnings(texts, set())]
 
 
 def _with_similar(word: str, known: Iterable[str]) -> str:

@@ -30,6 +30,10 @@ CSS = """
 .gradio-container { width: 100%; max-width: 1240px !important; margin: 0 auto !important; }
 #result, #result > * { padding: 0; margin: 0; }
 footer .divider { display: none; }
+.recording .audio-container:has(.upload-container) { height: auto; }
+.recording .upload-container { height: 104px !important; min-height: 0; padding-top: 24px; }
+.recording .upload-container .wrap { min-height: 0; line-height: 1.3; }
+.recording .upload-container .icon-wrap { display: none; }
 #title h1 { margin: 12px 0 0; font-size: 26px; }
 #title p { margin: 2px 0 8px; color: var(--body-text-color-subdued); }
 """
@@ -132,7 +136,8 @@ def _build_inputs(studio: Studio) -> dict[str, gr.components.Component]:
             label="Story",
             lines=3,
             placeholder="2.5 a slow waltz on the accordion",
-            info="Later parts of the music, a line each: start in seconds and text",
+            info="Text is the first part. Each line is a later part: start in seconds, then text. "
+            "If the first line starts at 0, leave Text empty.",
             visible=any(are_musiclm),
         )
         negative = gr.Textbox(
@@ -151,7 +156,10 @@ def _build_inputs(studio: Studio) -> dict[str, gr.components.Component]:
 
 def _recording(label: str, **options: Any) -> gr.Audio:
     # The button "share" would upload the recording to a public site.
-    return gr.Audio(label=label, sources=["upload", "microphone"], type="filepath", buttons=["download"], **options)
+    sources = ["upload", "microphone"]
+    return gr.Audio(
+        label=label, sources=sources, type="filepath", buttons=["download"], elem_classes="recording", **options
+    )
 
 
 def _request(values: dict[str, Any]) -> WebRequest:

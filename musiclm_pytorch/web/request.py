@@ -39,7 +39,7 @@ class Limits:
         if not 0 < self.seconds <= 3600:
             raise ValueError(f"the limit of seconds must be above 0 and at most 3600, got {self.seconds:g}")
         if not 1 <= self.candidates <= _MAX_CANDIDATES:
-            raise ValueError(f"the limit of candidates must be in 1..{_MAX_CANDIDATES}, got {self.candidates}")
+            raise ValueError(f"the limit of candidates must be from 1 to {_MAX_CANDIDATES}, got {self.candidates}")
         if self.jobs < 1:
             raise ValueError(f"the limit of jobs must be at least 1, got {self.jobs}")
 
@@ -55,14 +55,14 @@ class WebRequest:
     """A request for music.
 
     Attributes:
-        text: Description of the music; the first part of a story.
+        text: Description of the music, the first part of a story; empty if the story starts at 0.
         model: Name of a model of the server; None = its first.
         seconds: Length of the music, a continued recording included.
         candidates: Number of candidates.
         seed: First seed; None = a random seed.
         guidance: Strength of the text; None = the default of the model.
         negative: Text from which the music is led away, for a MusicLM.
-        story: Later parts of the music, for a MusicLM: lines of a start in seconds and a text.
+        story: Further parts of the music, for a MusicLM: lines of a start in seconds and a text.
         continue_from: Path of a recording that is continued.
         melody: Path of a recording whose melody the music follows.
         live: Whether the music is played while it is generated.
@@ -110,14 +110,25 @@ class WebRequest:
                 raise ValueError(f"{name} is not valid Unicode; type it again")
         if not self.parts:
             raise ValueError('the text is empty; describe the music, e.g. "a slow waltz on the cello"')
+        starts = [start for start, _ in self.parts]
+        if starts[0] != 0:
+            raise ValueError(
+                f"the first line of the story starts at {starts[0]:g} s, but the text is empty; "
+                "fill in the text, which starts at 0, or let the first line start at 0"
+            )
+        if 0 in starts[1:]:
+            raise ValueError(
+                "a line of the story starts at 0 s, but another part already starts there; "
+                "leave the text empty, or remove the line"
+            )
         if not 0 < self.seconds <= limits.seconds:
             raise ValueError(f"seconds must be above 0 and at most {limits.seconds:g}, got {self.seconds:g}")
         if not 1 <= self.candidates <= limits.candidates:
-            raise ValueError(f"candidates must be in 1..{limits.candidates}, got {self.candidates}")
+            raise ValueError(f"candidates must be from 1 to {limits.candidates}, got {self.candidates}")
         if self.seed is not None and not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be in 0..{2**32 - 1}, or empty for a random seed; got {self.seed}")
+            raise ValueError(f"seed must be from 0 to {2**32 - 1}, or empty for a random seed; got {self.seed}")
         if self.guidance is not None and not 1 <= self.guidance <= 100:
-            raise ValueError(f"guidance must be in 1..100, or empty for that of the model; got {self.guidance:g}")
+            raise ValueError(f"guidance must be from 1 to 100, or empty for that of the model; got {self.guidance:g}")
         if self.melody is not None and not follows_melodies(model):
             fitting = [name for name, other in models.items() if follows_melodies(other)]
             advice = f"choose {' or '.join(fitting)}" if fitting else "leave the melody out"

@@ -57,6 +57,27 @@ function playChunks({ chunks = [], sample_hz, running }) {
   }
 }
 
+// Gradio refuses other types of files in a message that disappears, and the music would ignore the recording. The server
+// refuses them in place of the music, and accepts sound of which the browser does not know the type.
+function asAudio(files) {
+  const data = new DataTransfer();
+  for (const file of files) data.items.add(new File([file], file.name, { type: "audio/wav" }));
+  return data;
+}
+
+document.addEventListener("change", ({ target }) => {
+  if (target.type === "file") target.files = asAudio(target.files).files;
+}, true);
+
+document.addEventListener("drop", (event) => {
+  const { files } = event.dataTransfer;
+  if ([...files].every((file) => file.type === "audio/wav") || !event.target.closest(".recording")) return;
+  event.preventDefault();
+  event.stopPropagation();
+  const dataTransfer = asAudio(files);
+  event.target.dispatchEvent(new DragEvent("drop", { bubbles: true, cancelable: true, dataTransfer }));
+}, true);
+
 let wasRunning;
 
 watch("value", () => {

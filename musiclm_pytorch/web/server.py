@@ -1,5 +1,6 @@
 """The web server of the page and the API, on loopback, or with a token for others."""
 
+import errno
 import os
 import secrets
 import shutil
@@ -133,14 +134,14 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
     if token is not None and len(token) < _MIN_TOKEN_LETTERS:
         raise ValueError(f"the token must have at least {_MIN_TOKEN_LETTERS} letters, got {len(token)}")
     if not 0 <= port < 2**16:
-        raise ValueError(f"the port must be in 0..65535, got {port}")
+        raise ValueError(f"the port must be from 0 to 65535, got {port}")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise OSError(
-            f"cannot listen at {host}, port {port} ({error.strerror}); choose another host or port"
-        ) from error
+        reason = str(error.strerror).partition(" (")[0]  # `create_server` adds the address
+        advice = f"port, e.g. --port {port + 1}" if error.errno == errno.EADDRINUSE else "host or port"
+        raise OSError(f"cannot listen at {host}, port {port} ({reason}); choose another {advice}") from error
 
 
 def _is_loopback(host: str) -> bool:

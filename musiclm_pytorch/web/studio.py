@@ -15,7 +15,9 @@ from torch import Tensor
 from audiolm_pytorch.audio.files import peak_safe, write_audio
 from musiclm_pytorch.generation.candidates import MusicChunk
 from musiclm_pytorch.generation.prompts import request_comment
+from musiclm_pytorch.mulan.text_tower import prompt_warnings
 from musiclm_pytorch.musicgen.musicgen import MusicGen
+from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.web.picture import write_picture
 from musiclm_pytorch.web.request import Limits, Model, WebRequest
 
@@ -45,8 +47,8 @@ class Studio:
         """Generate music; yield the state of the page four times a second, and at last the state with the music.
 
         A state has the keys `running`, `message`, `fraction` (the finished share), `chunks` (new sound of a live
-        request), and `pieces` (files and similarity of each candidate, best first). Closing the iterator cancels the
-        request.
+        request), `warnings` (of words that the model does not know), and `pieces` (files and similarity of each
+        candidate, best first). Closing the iterator cancels the request.
         """
         request.check(self.models, self.limits)
         if self.num_jobs >= self.limits.jobs:
@@ -85,8 +87,9 @@ class _Job:
         self.request, self.is_cancelled = request, False
         self._name, self._folder = request.name_of_model(models), folder
         self.model = models[self._name]
+        self._warnings = prompt_warnings(self.model, [text for _, text in request.parts] + [request.negative])
         self._started: float | None = None
-        self._fraction = 0.0
+        self._fraction, self._writing = 0.0, ""
         self._shares = _shares_of(self.model)
         self._finished = dict.fromkeys(self._shares, 0.0)
         self._new_chunks: SimpleQueue[str] = SimpleQueue()
@@ -98,7 +101,11 @@ class _Job:
         seed = self.request.first_seed
         arguments = self.request.arguments(self.model, seed, self._report)
         candidates = (self._stream if self.request.live else self._generate)(arguments, seed)
-        return [self._piece(number, *candidate) for number, candidate in enumerate(candidates, start=1)]
+        pieces = []
+        for number, candidate in enumerate(candidates, start=1):
+            self._writing = f"Writing candidate {number} of {len(candidates)}"
+            pieces.append(self._piece(number, *candidate))
+        return pieces
 
     def state(self, num_before: int) -> dict[str, Any]:
         """Return what the page shows; `num_before` is the number of requests that run before this one."""
@@ -107,7 +114,10 @@ class _Job:
             self._chunks.append({"number": number, "samples": self._new_chunks.get()})
         del self._chunks[:-_KEPT_CHUNKS]
         message = f"Waiting, {num_before} before you" if num_before else "Starting"
-        if self._started is not None and self._fraction:
+        if self._writing or self._fraction > 0.99:  # the tokens are known
+            is_ranked = isinstance(self.model, MusicLM) and not self.request.live
+            message = self._writing or ("Decoding and ranking the sound" if is_ranked else "Decoding the sound")
+        elif self._started is not None and self._fraction:
             left = (time.monotonic() - self._started) * (1 - self._fraction) / self._fraction
             message = f"{self._fraction:.0%}, about {_duration(left)} left"
         return {
@@ -115,6 +125,7 @@ class _Job:
             "message": message,
             "fraction": round(self._fraction, 3),
             "chunks": list(self._chunks),
+            "warnings": self._warnings,
             "sample_hz": self.model.sample_hz,
             "pieces": [],
         }

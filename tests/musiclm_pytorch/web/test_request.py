@@ -28,15 +28,17 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"seconds": "two"}, "seconds must be float, got 'two'"),
     ({"seconds": None}, "seconds must be float, got None"),
     ({"seconds": float("nan")}, "seconds must be a number, got NaN"),
-    ({"candidates": 0}, "candidates must be in 1..4, got 0"),
-    ({"candidates": 5}, "candidates must be in 1..4, got 5"),
+    ({"candidates": 0}, "candidates must be from 1 to 4, got 0"),
+    ({"candidates": 5}, "candidates must be from 1 to 4, got 5"),
     ({"candidates": 1.5}, "candidates must be int, got 1.5"),
-    ({"seed": -1}, "seed must be in 0.*or empty for a random seed"),
+    ({"seed": -1}, "seed must be from 0 to .*or empty for a random seed"),
     ({"seed": 0.5}, "seed must be int"),
-    ({"guidance": 0}, "guidance must be in 1..100, or empty for that of the model; got 0"),
+    ({"guidance": 0}, "guidance must be from 1 to 100, or empty for that of the model; got 0"),
     ({"model": "huge"}, "there is no model 'huge'; choose one of: toy, gen"),
     ({"story": "soon a flute"}, 'line 1 of the story must be like "15 a slow waltz"'),
     ({"story": "2"}, "line 1 of the story has no text"),
+    ({"story": "0 a flute\n2 a cello"}, "starts at 0 s, but another part already starts there; leave the text empty"),
+    ({"text": "", "story": "2 a cello"}, "the first line of the story starts at 2 s, but the text is empty"),
     ({"melody": "hum.wav"}, "this model does not follow melodies; leave the melody out"),
     ({"continue_from": "none.wav"}, "continue_from: none.wav: no such file; upload a wav"),
     ({"model": "gen", "story": "1 a flute"}, "story needs a MusicLM, this model is a MusicGen; leave story empty"),
@@ -76,6 +78,7 @@ def test_a_request_is_a_call_of_its_model(models: dict[str, Model]) -> None:
     request = WebRequest(text=" a flute ", story="# later\n2 a cello\n", negative="drums", guidance=2, seconds=4)
     assert request.parts == [(0.0, "a flute"), (2.0, "a cello")]
     assert request.title == "a flute, 2 s a cello, without drums"
+    WebRequest(story="0 a flute\n2 a cello").check(models, LIMITS)  # the story begins with the first part
     call = request.arguments(models["toy"], 5, print)
     assert call["text"] == request.parts and call["seed"] == 5 and call["negative_text"] == "drums"
     assert call["sampling"] == {"semantic": {"guidance_scale": 2}, "coarse": {"guidance_scale": 2}}

@@ -17,6 +17,7 @@ import pytest
 import soundfile
 
 from musiclm_pytorch.musiclm import MusicLM
+from musiclm_pytorch.web import studio
 from musiclm_pytorch.web.request import Limits
 from musiclm_pytorch.web.server import MusicServer
 from musiclm_pytorch.web.studio import _Job
@@ -128,6 +129,25 @@ def test_api_has_chunks_of_live_music_and_progress(client: Any) -> None:
     assert fractions == sorted(fractions) and fractions[-1] == 1
 
 
+def test_states_report_unknown_words_and_the_work_after_the_tokens(
+    client: Any, server: MusicServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every request reports its words; after the last token, the message is not "100%, about 0 s left"."""
+    for owner, name in ((server.models["tiny"], "scores"), (studio, "write_picture")):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, call=call, **kw: time.sleep(0.7) or call(*args, **kw))
+    request = {"text": "a gabber flute", "negative": "gabber polka", "seconds": 0.5, "candidates": 2}
+    for states in (list(client.submit(**request, api_name="/generate")), [generate(client, **request)]):
+        unknown, negative = states[-1]["warnings"]
+        assert unknown.startswith("not in the training captions, so the music may not match: gabber (in 'a gabber")
+        assert negative.startswith("not in the training captions, so the music may not match: polka")
+    messages = [state["message"] for state in list(client.submit(**request, api_name="/generate"))]
+    after = ["Decoding and ranking the sound", "Writing candidate 1 of 2", "Writing candidate 2 of 2"]
+    assert [message for message in dict.fromkeys(messages) if message in after] == after
+    assert not any(message.startswith("100%") for message in messages)
+    assert generate(client)["warnings"] == []
+
+
 def test_api_of_a_musicgen_and_of_recordings(client: Any, write_tone: Callable[..., Path]) -> None:
     """A MusicGen has no similarities; a recording is continued."""
     from gradio_client import handle_file
@@ -143,10 +163,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"text": ""}, "the text is empty; describe the music"),
     ({"seconds": 601}, "seconds must be above 0 and at most 600, got 601"),
     ({"seconds": "long"}, "seconds must be float, got 'long'"),
-    ({"candidates": 3}, "candidates must be in 1..2, got 3"),
+    ({"candidates": 3}, "candidates must be from 1 to 2, got 3"),
     ({"seed": 1.5}, "seed must be a whole number, or empty; got '1.5'"),
     ({"guidance": "much"}, "guidance must be a number, or empty; got 'much'"),
-    ({"guidance": -1}, "guidance must be in 1..100"),
+    ({"guidance": -1}, "guidance must be from 1 to 100"),
     ({"model": "/etc"}, "there is no model '/etc'; choose one of: tiny, gen"),
     ({"story": "1"}, "line 1 of the story has no text"),
     ({"story": "7 a cello"}, "a story changes after 7 s, but the music ends after 0.5 s"),
@@ -233,8 +253,8 @@ def test_servers_with_wrong_arguments_are_refused(server: MusicServer, monkeypat
     """The messages contain the fix; nothing is left behind."""
     port = int(server.url.rpartition(":")[2])
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"port": port}, f"cannot listen at 127.0.0.1, port {port} .*; choose another host or port"),
-        ({"port": 70000}, "the port must be in 0..65535, got 70000"),
+        ({"port": port}, rf"port {port} \(Address already in use\); choose another port, e.g. --port {port + 1}$"),
+        ({"port": 70000}, "the port must be from 0 to 65535, got 70000"),
         ({"host": "999.1.1.1"}, "cannot listen at 999.1.1.1"),
         ({"token": "short"}, "the token must have at least 12 letters, got 5"),
         ({"models": {}}, "got no models; pass at least one"),
@@ -327,6 +347,37 @@ def test_bad_input_is_shown_in_one_line(open_page: Callable[..., Any]) -> None:
     ask(page, "a flute", 1)
     page.get_by_role("alert").get_by_text("line 1 of the story must be like").wait_for()
     assert page.locator(".error img").count() == 0 and page.evaluate("window.attacked") is None
+    page.close()
+
+
+@needs_browser
+@pytest.mark.parametrize("is_dropped", [False, True])
+def test_a_file_that_is_no_sound_is_an_error(open_page: Callable[..., Any], tmp_path: Path, is_dropped: bool) -> None:
+    """It is not left out in silence: selected or dropped, it is refused in place of the music, until it is removed."""
+    page = open_page(390, 844)
+    page.get_by_text("More: recordings").click()
+    page.locator("input[type=file]").first.wait_for(state="attached")
+    assert page.locator("#generate").bounding_box()["y"] < 1500
+    if is_dropped:
+        data = page.evaluate_handle(
+            """() => {
+                const data = new DataTransfer();
+                data.items.add(new File(["a flute"], "texts.txt", {type: "text/plain"}));
+                return data;
+            }"""
+        )
+        page.locator(".recording .upload-container").first.dispatch_event("drop", {"dataTransfer": data})
+    else:
+        (tmp_path / "texts.txt").write_text("a flute")
+        page.locator("input[type=file]").first.set_input_files(tmp_path / "texts.txt")
+    page.get_by_label("Clear").first.wait_for()
+    ask(page, "a gabber flute", 1)
+    page.get_by_role("alert").get_by_text("texts.txt: cannot be read as audio (it is a text file)").wait_for()
+    assert page.locator(".piece").count() == 0
+    page.get_by_label("Clear").first.click()
+    ask(page, "a gabber flute", 1)
+    page.locator(".piece").wait_for()
+    assert "may not match: gabber" in page.locator(".warning").inner_text()
     page.close()
 
 
