@@ -11,7 +11,7 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.units import check_durations, samples_covering
 from audiolm_pytorch.checks.tracing import not_compiled
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import named, typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditioner, Conditions, ConditionTensor, TextEncoder
 from audiolm_pytorch.generation.inputs import (
@@ -142,6 +142,7 @@ class AudioLM(SharedModel):
         """Device of the weights."""
         return self.semantic_transformer.device
 
+    @named
     def forward(
         self,
         *,

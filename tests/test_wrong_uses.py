@@ -62,6 +62,18 @@ def _codec_trainer(folder: Path, **arguments: Any) -> SoundStreamTrainer:
 USES: dict[str, tuple[Callable[[Any, Path, Path], object], str]] = {
     "no such model": (lambda m, data, out: MusicLM.from_pretrained("tinny"), "no folder tinny; pass .* tiny"),
     "codec as model": (lambda m, data, out: MusicLM.from_pretrained("codec_16khz"), "no complete MusicLM"),
+    "MusicLM as MusicGen": (
+        lambda m, data, out: MusicGen.from_pretrained("tiny"),
+        "tiny has no MusicGen; MusicLM.from_pretrained opens the MusicLM in .*tiny$",
+    ),
+    "MusicGen as MusicLM": (
+        lambda m, data, out: MusicLM.from_pretrained("musicgen_tiny"),
+        "no complete MusicLM .*; MusicGen.from_pretrained opens the MusicGen in .*musicgen_tiny$",
+    ),
+    "tensor as a condition": (
+        lambda m, data, out: m.audio_lm(conditioning={"semantic": {"tempo": torch.ones(1, 3)}}),
+        "conditioning must be .*; convert each tensor with ConditionTensor.of.tensor.$",
+    ),
     "model as codec": (
         lambda m, data, out: Codec.from_pretrained("musicnn"),
         "unknown module .*MusicNN|holds a MusicNN",

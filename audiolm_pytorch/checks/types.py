@@ -3,17 +3,20 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from beartype import BeartypeConf, beartype
 
-__all__ = ["described", "keep_arguments", "typed", "unknown_argument", "usable_device"]
+from audiolm_pytorch.checks.names import unknown_arguments
+
+__all__ = ["described", "keep_arguments", "named", "typed", "usable_device"]
 
 Target = TypeVar("Target", bound=Callable[..., Any])
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class _WrongTypeError(TypeError):
@@ -73,9 +76,9 @@ def typed(target: Target) -> Target:
                 else:
                     is_wrong = kind in _SCANNED and any(_is_wrong(item, is_constructor) for item in _numbers(value))
                 if is_wrong:
-                    _refuse_number(target, inspect.signature(target).bind_partial(*args, **keywords), is_constructor)
+                    _refuse_number(target, _bound(target, args, keywords), is_constructor)
                 if kind is str and not value:
-                    _refuse_empty_path(inspect.signature(target).bind_partial(*args, **keywords))
+                    _refuse_empty_path(_bound(target, args, keywords))
             for number, name in lists_of_texts:
                 if isinstance(value := args[number] if number < len(args) else keywords.get(name), str):
                     raise TypeError(
@@ -90,8 +93,8 @@ def typed(target: Target) -> Target:
                     _refuse_unknown(target, args, keywords)
                 if not is_constructor or not _is_size_error(error):
                     raise
-                _refuse_size(target, inspect.signature(target).bind_partial(*args, **keywords), error)
-            arguments = inspect.signature(target).bind_partial(*args, **keywords)
+                _refuse_size(target, _bound(target, args, keywords), error)
+            arguments = _bound(target, args, keywords)
             _convert_argument(target, arguments, violation)
             args, keywords = arguments.args, arguments.kwargs
 
@@ -105,21 +108,36 @@ def keep_arguments(instance: Any, arguments: Mapping[str, Any]) -> None:
             setattr(instance, name, value)
 
 
-def unknown_argument(instance: Any, name: str, known: Iterable[str], advice: str | None = None) -> TypeError:
-    """Return the error for an argument that a class does not have, with advice or with similar names of arguments."""
-    known = list(known)
-    advice = advice or ", ".join(get_close_matches(name, known) or known)
-    return TypeError(f"{type(instance).__name__} has no argument {name!r}; use {advice}")
+def named(target: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Decorate a method to raise the TypeError of `typed` for unknown keyword arguments, without checks of types.
+
+    Torch can export, trace and compile the method.
+    """
+    known = tuple(inspect.signature(target).parameters)
+
+    @functools.wraps(target)
+    def call(*args: Arguments.args, **keywords: Arguments.kwargs) -> Result:
+        for name in keywords:
+            if name not in known:
+                _refuse_unknown(target, args, keywords)
+        return target(*args, **keywords)
+
+    return call
 
 
 def _refuse_unknown(target: Callable[..., Any], args: Sequence[Any], keywords: Mapping[str, Any]) -> None:
-    """Raise a TypeError with similar names if a keyword is no argument of a function."""
+    """Raise a TypeError with advice for all keywords that are no arguments of a function."""
     parameters = inspect.signature(target).parameters
     unknown = [name for name in keywords if name not in parameters]
     if unknown and not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
         known = [name for name in parameters if name not in ("self", "cls")]
-        advice = ", ".join(get_close_matches(unknown[0], known) or known) or "none"
-        raise TypeError(f"{_name_of(target, args)} has no argument {unknown[0]!r}; use {advice}") from None
+        raise unknown_arguments(_name_of(target, args), unknown, known) from None
+
+
+def _bound(target: Callable[..., Any], args: Sequence[Any], keywords: Mapping[str, Any]) -> inspect.BoundArguments:
+    """Return the arguments of a call by name; raise a TypeError with advice if a keyword is unknown."""
+    _refuse_unknown(target, args, keywords)
+    return inspect.signature(target).bind_partial(*args, **keywords)
 
 
 def _numbers(value: Any) -> Iterator[float]:
@@ -235,7 +253,14 @@ def _convert_argument(target: Callable[..., Any], arguments: inspect.BoundArgume
     has_numbers = isinstance(value, list | tuple) and all(isinstance(item, int | float) for item in value)
     if "Tensor" in hint and (isinstance(value, np.ndarray) or has_numbers):
         advice = f"; convert it with torch.{'from_numpy' if isinstance(value, np.ndarray) else 'tensor'}"
+    if "ConditionTensor" in hint and isinstance(value, dict) and _has_tensor(value):
+        advice = "; convert each tensor with ConditionTensor.of(tensor)"
     raise TypeError(f"{_name_of(target, arguments.args)}: {name} must be {hint}, got {described(value)}{advice}")
+
+
+def _has_tensor(value: Any) -> bool:
+    """Whether a value is a tensor, or a dict, also of dicts, that contains one."""
+    return any(map(_has_tensor, value.values())) if isinstance(value, dict) else isinstance(value, torch.Tensor)
 
 
 def _plain(value: Any, to_tuple: bool) -> Any:

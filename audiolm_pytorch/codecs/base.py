@@ -12,7 +12,7 @@ from torch import Tensor
 from audiolm_pytorch.audio.units import frames_covering
 from audiolm_pytorch.audio.waves import checked_wave
 from audiolm_pytorch.checks.tracing import is_traced
-from audiolm_pytorch.checks.types import described
+from audiolm_pytorch.checks.types import described, named
 from audiolm_pytorch.codecs.streaming import DecoderStream, EncoderStream
 from audiolm_pytorch.saving.modules import SavedModule
 
@@ -68,10 +68,12 @@ class Codec(SavedModule, ABC):
         The waves have `num_samples` samples; None for all samples that the frames cover.
         """
 
+    @named
     def encode(self, wave: Tensor, lengths: Tensor | None = None) -> EncodedWave:
         """Encode waves as `tokenize` does; return codes, and the loudness of segments if `has_scales` is True."""
         return EncodedWave(self.tokenize(wave, lengths))
 
+    @named
     def decode(self, codes: Tensor, scales: Tensor | None = None, num_samples: int | None = None) -> Tensor:
         """Decode codes as `decode_from_codebook_indices` does, with the scales `[b, s]` that `encode` returned."""
         if scales is not None:

@@ -6,7 +6,7 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import named, typed
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.streaming import DecoderStream
 from audiolm_pytorch.saving.modules import build_module, module_spec, register
@@ -57,6 +57,7 @@ class ChannelwiseCodec(Codec):
         """Create a stream of the mono codec that decodes all channels (see `Codec.decoder_stream`)."""
         return _ChannelwiseStream(self.codec.decoder_stream(), self)
 
+    @named
     def tokenize(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Encode waves `[b, c, n]` (see `Codec.tokenize`)."""
         wave = self._check_wave(wave, lengths)
@@ -64,6 +65,7 @@ class ChannelwiseCodec(Codec):
         codes = self.codec.tokenize(rearrange(wave, "b c n -> (b c) n"), repeated)
         return rearrange(codes, "(b c) f q -> b f (q c)", c=self.channels)
 
+    @named
     def decode_from_codebook_indices(self, codes: Tensor, num_samples: int | None = None) -> Tensor:
         """Decode codes (see `Codec.decode_from_codebook_indices`); each level needs the codes of all channels."""
         waves = self.codec.decode_from_codebook_indices(self.codes_of_channels(codes), num_samples)

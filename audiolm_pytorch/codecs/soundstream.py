@@ -13,7 +13,7 @@ from torch import Tensor
 from audiolm_pytorch.audio.padding import checked_lengths
 from audiolm_pytorch.checks.damage import check_finite
 from audiolm_pytorch.checks.tracing import is_traced
-from audiolm_pytorch.checks.types import keep_arguments, typed
+from audiolm_pytorch.checks.types import keep_arguments, named, typed
 from audiolm_pytorch.codecs.base import StreamingCodec
 from audiolm_pytorch.codecs.convolutional import ConvDecoder, ConvEncoder
 from audiolm_pytorch.codecs.networks import WaveDecoder, WaveEncoder
@@ -166,6 +166,7 @@ class SoundStream(StreamingCodec):
         """Duration of the later frames that the decoder must receive before it can decode a frame."""
         return self.decoder.lookahead_frames * self.downsample_factor / self.target_sample_hz
 
+    @named
     def forward(
         self,
         audio: Tensor,
@@ -203,6 +204,7 @@ class SoundStream(StreamingCodec):
         whole_frames = F.pad(wave, (0, -wave.shape[-1] % self.downsample_factor))
         return self._condition(self.encoder(whole_frames), denoise)
 
+    @named
     @torch.no_grad()
     def tokenize(self, wave: Tensor, lengths: Tensor | None = None, denoise: bool | Tensor = False) -> Tensor:
         """Encode waves as `Codec.tokenize` does, with memory that does not grow with the length of the waves.
@@ -222,6 +224,7 @@ class SoundStream(StreamingCodec):
         codes = self._encoder_stream(mask, denoise).encode_checked(wave)
         return codes.masked_fill(~rearrange(mask, "b f -> b f 1"), -1)
 
+    @named
     @torch.no_grad()
     def decode_from_codebook_indices(self, codes: Tensor, num_samples: int | None = None) -> Tensor:
         """Decode codes as `Codec.decode_from_codebook_indices` does, with little memory in addition to the waves."""

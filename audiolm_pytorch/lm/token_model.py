@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.units import check_durations
-from audiolm_pytorch.checks.types import typed, unknown_argument
+from audiolm_pytorch.checks.names import unknown_arguments
+from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor
 from audiolm_pytorch.conditioning.fuser import ConditionFuser, ConditionSpec
 from audiolm_pytorch.nn.module_state import check_positive
@@ -86,10 +87,10 @@ class TokenTransformer(SavedModule):
         **stack: Any,
     ) -> None:
         super().__init__()
-        for name in stack.keys() - inspect.signature(Transformer).parameters.keys():
+        if unknown := [name for name in stack if name not in inspect.signature(Transformer).parameters]:
             classes = [one for one in type(self).__mro__ if issubclass(one, TokenTransformer)]
             names = {argument for one in (*classes, Transformer) for argument in inspect.signature(one).parameters}
-            raise unknown_argument(self, name, sorted(names - _NOT_FOR_CALLERS))
+            raise unknown_arguments(type(self).__name__, unknown, sorted(names - _NOT_FOR_CALLERS))
         if not 0 <= cond_drop_prob <= 1 or null_tokens < 1:
             raise ValueError(f"need 0 <= cond_drop_prob <= 1 and null_tokens >= 1, got {cond_drop_prob}, {null_tokens}")
         check_positive(cond_dim=cond_dim, text_dim=text_dim)

@@ -15,11 +15,15 @@ from audiolm_pytorch.checks.types import typed, usable_device
 from audiolm_pytorch.saving.sources import find_folder, is_noncommercial
 from audiolm_pytorch.saving.text import one_line, printable
 
-__all__ = ["SharedModel", "card_text", "write_card"]
+__all__ = ["SharedModel", "card_text", "class_advice", "write_card"]
 
 Shared = TypeVar("Shared", bound="SharedModel")
 
 _CARD = "README.md"
+# Levels of folders in which a model is searched, to name it in an error.
+_LEVELS = "", "*/", "*/*/"
+# Main files of composed models, and the classes that open them. The classes may not be imported yet.
+_MAIN_FILES = {"audiolm.json": "AudioLM", "musiclm.json": "MusicLM", "musicgen.json": "MusicGen"}
 
 
 class SharedModel(nn.Module):
@@ -87,13 +91,11 @@ class SharedModel(nn.Module):
         folder, _ = find_folder(source, needs=files, **hub)
         place = next((folder / file for file in files if (folder / file).is_file()), None)
         if place is None:
-            within = sorted(path.parent for level in ("*", "*/*") for path in folder.glob(f"{level}/{cls.main_file}"))
+            within = sorted(path.parent for level in _LEVELS for path in folder.glob(f"{level}{cls.main_file}"))
             names = ", ".join(printable(str(path)) for path in within[:8])
-            advice = "the folder of a saved model or of a finished training run"
-            advice = f"the right one of the folders {names}" if within else advice
-            raise ValueError(
-                f"{folder} contains no complete {cls.__name__} ({cls.main_file} is missing); pass {advice}"
-            )
+            advice = class_advice(folder) or "pass the folder of a saved model or of a finished training run"
+            advice = f"pass the right one of the folders {names}" if within else advice
+            raise ValueError(f"{folder} contains no complete {cls.__name__} ({cls.main_file} is missing); {advice}")
         return place.parent
 
     @typed
@@ -146,6 +148,15 @@ class SharedModel(nn.Module):
     @abstractmethod
     def _read(cls, folder: Path, source: str | Path, hub: Mapping[str, Any]) -> Any:
         """Load a model from a folder that has the main file. `hub` are the further arguments of `find_folder`."""
+
+
+def class_advice(folder: Path) -> str:
+    """Return advice that names the class that opens the composed model in a folder; empty if there is none."""
+    files = (file for level in _LEVELS for name in _MAIN_FILES for file in sorted(folder.glob(level + name)))
+    if (file := next(files, None)) is None:
+        return ""
+    name = _MAIN_FILES[file.name]
+    return f"{name}.from_pretrained opens the {name} in {printable(str(file.parent))}"
 
 
 def card_text(model: SharedModel, licence: str | None = None) -> str:

@@ -3,11 +3,12 @@
 import shlex
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from audiolm_pytorch.saving.text import printable
+from audiolm_pytorch.saving.text import logger_named, printable
 from musiclm_pytorch.cli.checks import (
     ModelOptions,
     check_at_least,
@@ -19,6 +20,8 @@ from musiclm_pytorch.cli.checks import (
 )
 
 __all__ = ["EvaluateMuLaN", "EvaluateMusic", "EvaluateSemantic"]
+
+logger = logger_named(__name__)
 
 _REPORT_FILE = "metrics.json"
 
@@ -222,14 +225,13 @@ def _open_encoder(command: EvaluateSemantic) -> tuple[Any, Any]:
 
 def _evaluate_mulan(command: EvaluateMuLaN) -> None:
     from audiolm_pytorch.saving.fingerprint import fingerprint_of
-    from musiclm_pytorch.evaluation.plots import plot_similarities, require_matplotlib
+    from musiclm_pytorch.evaluation.plots import plot_similarities
     from musiclm_pytorch.evaluation.report import markdown_table
     from musiclm_pytorch.evaluation.tagging import tag_labels
     from musiclm_pytorch.mulan import evaluation
     from musiclm_pytorch.mulan.joint import JointEmbedding
 
     check_at_least(command, limit=1)
-    require_matplotlib()
     mulan = JointEmbedding.from_pretrained(**command.source_of(command.model), device=device_named(command.device))
     items = evaluation.held_out_items(command.data, command.limit, command.seed)
     labels = list(tag_labels(items))
@@ -250,23 +252,30 @@ def _evaluate_mulan(command: EvaluateMuLaN) -> None:
     cosines, text_classes, clip_classes = evaluation.ordered_similarities(clips, command.label)
     title = f"{command.model} on {command.data}"
     _report(command.out, f"Joint embedding {title}", settings, metrics, markdown_table(metrics))
-    plot_similarities(cosines, text_classes, clip_classes, command.out / command.plot_file, title)
+    _draw(plot_similarities, cosines, text_classes, clip_classes, command.out / command.plot_file, title)
 
 
 def _evaluate_music(command: EvaluateMusic) -> None:
     from musiclm_pytorch.cli.evaluate_music import measured_sets
     from musiclm_pytorch.evaluation.music import comparison_table
-    from musiclm_pytorch.evaluation.plots import plot_metrics, require_matplotlib
+    from musiclm_pytorch.evaluation.plots import plot_metrics
 
     check_at_least(command, limit=1, num_samples=1)
     check_seconds(command.seconds)
     check_needs(command, {"musiccaps": "real", "codec": "real", "tokenizer": "training"})
     check_needs(command, {"captions": "model", "num_samples": "model"})
-    require_matplotlib()
     values, settings = measured_sets(command, device_named(command.device), _announce)
     settings = {"command": _command_line("music", command), **settings}
     _report(command.out, "Generated music", settings, values, comparison_table(values))
-    plot_metrics(values, command.out / command.plot_file)
+    _draw(plot_metrics, values, command.out / command.plot_file)
+
+
+def _draw(plot: Callable[..., None], *arguments: Any) -> None:
+    """Draw the picture of a report; without matplotlib, only warn."""
+    try:
+        plot(*arguments)
+    except ImportError as error:
+        logger.warning("the report has no picture; %s", error)
 
 
 def _report(out: Path, title: str, settings: dict[str, Any], metrics: list[Any], table: str) -> None:

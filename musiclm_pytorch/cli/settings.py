@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from musiclm_pytorch.cli.checks import ModelOptions
+from musiclm_pytorch.cli.checks import ModelOptions, option_name
 
 __all__ = ["PresetOptions", "print_settings", "split_settings"]
 
@@ -83,7 +83,7 @@ def split_settings(command: type[PresetOptions], words: Sequence[str]) -> tuple[
         from musiclm_pytorch.pipeline.settings import check_setting, setting_paths
 
         paths = {path for preset in command.presets().values() for path in setting_paths(preset)}
-        check_setting(name, [*sorted(paths), *options])
+        check_setting(name, [*sorted(paths), *options], option_name)
         settings[name] = value if equals else next(left, "--")
         if settings[name].startswith("--"):
             raise ValueError(f"{word} needs a value; write it after the option")

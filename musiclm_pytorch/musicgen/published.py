@@ -13,6 +13,7 @@ from audiolm_pytorch.lm.compatibility import check_loadable
 from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.hub import LoadedModel
 from audiolm_pytorch.saving.model_folder import read_model_folder, write_model_folder
+from audiolm_pytorch.saving.sharing import class_advice
 from audiolm_pytorch.saving.sources import find_folder, licence_of
 from musiclm_pytorch.musicgen.audiocraft_format import AUDIOCRAFT_FILES, read_audiocraft
 from musiclm_pytorch.musicgen.parts import MusicGenParts
@@ -44,10 +45,11 @@ def load_musicgen_parts(
     elif (folder / AUDIOCRAFT_FILES[0]).is_file():
         return read_audiocraft(folder, origin, text_conditioner, **hub)
     else:
-        raise ValueError(
-            f"{folder} has no MusicGen; pass a folder with {CARD}, with the config.json and the safetensors of "
-            f"transformers, or with audiocraft's {' and '.join(AUDIOCRAFT_FILES)}"
+        advice = class_advice(folder) or (
+            f"pass a folder with {CARD}, with the config.json and the safetensors of transformers, or with "
+            f"audiocraft's {' and '.join(AUDIOCRAFT_FILES)}"
         )
+        raise ValueError(f"{folder} has no MusicGen; {advice}")
     return loaded if text_conditioner is None else replace(loaded, text_conditioner=text_conditioner)
 
 

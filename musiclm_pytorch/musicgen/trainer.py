@@ -51,7 +51,8 @@ class MusicGenTrainer(StageTrainer):
         **settings: Any,
     ) -> None:
         if own := settings.keys() & {"transformer", "codec", "text_conditioner", "wav2vec", "conditioners", "sampler"}:
-            raise TypeError(f"MusicGenTrainer has no argument {min(own)!r}, because it trains the parts of `musicgen`")
+            names = ", ".join(map(repr, sorted(own)))
+            raise TypeError(f"MusicGenTrainer has no argument {names}, because it trains the parts of `musicgen`")
         chroma, transformer = musicgen.chroma, musicgen.transformer
         seconds = transformer.max_seconds if data_max_length_seconds is None else data_max_length_seconds
         self.musicgen = musicgen

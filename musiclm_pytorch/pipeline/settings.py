@@ -1,7 +1,7 @@
 """Single settings of a preset by path, such as "semantic.run.learning_rate", from YAML files and command lines."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -52,11 +52,18 @@ def with_settings(preset: PresetClass, settings: Mapping[str, Any]) -> PresetCla
     return _replaced(preset, settings)
 
 
-def check_setting(path: str, paths: Sequence[str]) -> None:
-    """Check that a setting is one of `paths`; the ValueError names similar ones."""
+def check_setting(path: str, paths: Sequence[str], shown: Callable[[str], str] = str) -> None:
+    """Check that a setting is one of `paths`; the ValueError names the nearest one, as the function `shown` writes it.
+
+    A setting of the same section is nearer than those of other sections.
+    """
     if path not in paths:
-        similar = " or ".join(get_close_matches(path, paths, n=2)) or "a setting that --print-config lists"
-        raise ValueError(f"there is no setting {path}; use {similar}")
+        section, dot, name = path.rpartition(".")
+        names = [other.removeprefix(section + dot) for other in paths if other.rpartition(".")[0] == section]
+        similar = [f"{section}{dot}{other}" for other in get_close_matches(name, names, n=1)]
+        similar = similar or get_close_matches(path, paths, n=1)
+        advice = shown(similar[0]) if similar else "a setting that --print-config lists"
+        raise ValueError(f"there is no setting {shown(path)}; use {advice}")
 
 
 def _replaced(part: Any, settings: Mapping[str, Any], place: str = "") -> Any:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from audiolm_pytorch.audio.padding import items_by_length
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import named, typed
 from audiolm_pytorch.codecs.base import Codec, EncodedWave
 from audiolm_pytorch.codecs.pretrained.chunked import chunked_forward
 from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
@@ -93,6 +93,7 @@ class PretrainedCodec(Codec):
         """Ignore `mode` and keep eval mode, because the codec is frozen and level dropout would change codes."""
         return super().train(False)
 
+    @named
     @torch.no_grad()
     def encode(self, wave: Tensor, lengths: Tensor | None = None) -> EncodedWave:
         """Encode waves as `tokenize` does, and also return the scales if the model normalises segments."""
@@ -108,10 +109,12 @@ class PretrainedCodec(Codec):
                     scales[rows, : encoded.scales.shape[1]] = encoded.scales
         return EncodedWave(codes, scales if self.has_scales else None)
 
+    @named
     def tokenize(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Encode waves (see `Codec.tokenize`)."""
         return self.encode(wave, lengths).codes
 
+    @named
     @torch.no_grad()
     def decode(self, codes: Tensor, scales: Tensor | None = None, num_samples: int | None = None) -> Tensor:
         """Decode codes as `decode_from_codebook_indices` does, with the scales `[b, s]` that `encode` returned."""
@@ -126,6 +129,7 @@ class PretrainedCodec(Codec):
             wave = self._decode(codes.long(), scales)
         return F.pad(wave, (0, self.covered_samples(num_frames) - wave.shape[-1]))[..., :num_samples]
 
+    @named
     def decode_from_codebook_indices(self, codes: Tensor, num_samples: int | None = None) -> Tensor:
         """Decode codes (see `Codec.decode_from_codebook_indices`)."""
         return self.decode(codes, num_samples=num_samples)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio.padding import items_by_length
 from audiolm_pytorch.audio.units import exact_div
-from audiolm_pytorch.checks.types import typed
+from audiolm_pytorch.checks.types import named, typed
 from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
@@ -288,6 +288,7 @@ class FairseqVQWav2Vec(SemanticTokenizer):
             )
         return num_tokens
 
+    @named
     @torch.no_grad()
     def forward(self, wave: Tensor, input_sample_hz: int | None = None, lengths: Tensor | None = None) -> Tensor:
         """Tokenize waves as in `SemanticTokenizer`; tokens are ordered by frame, then by group."""

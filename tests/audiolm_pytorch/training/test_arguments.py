@@ -14,7 +14,7 @@ from audiolm_pytorch.codecs.training.task import CodecLossWeights
 from audiolm_pytorch.lm.trainers import StageTrainer
 from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer
 from audiolm_pytorch.training import LoopSettings
-from audiolm_pytorch.training.arguments import _FORMER_NAMES, trainer_arguments
+from audiolm_pytorch.training.arguments import trainer_arguments
 from musiclm_pytorch import MuLaNTrainer
 from tests.helpers.fakes import SAMPLE_HZ, FakeSemanticTokenizer, tiny_stages
 
@@ -130,12 +130,20 @@ def test_advice_is_true_for_the_class(name: str) -> None:
         SemanticTransformer(num_semantic_tokens=16, dim=32, depth=1, n_heads=1)
 
 
-def test_every_former_name_has_a_replacement_here() -> None:
-    """The advice names arguments that exist."""
-    known = {*LoopSettings.__dataclass_fields__, *inspect.signature(MuLaNTrainer).parameters}
-    for former, advice in _FORMER_NAMES.items():
-        assert former not in known
-        assert any(name in advice for name in known), advice
+def test_all_unknown_names_are_in_one_error() -> None:
+    """Each with its advice; names without a similar one share the list of arguments, which has no repetitions."""
+    with pytest.raises(TypeError) as raised:
+        SemanticTransformerTrainer(transformer=tiny_stages()["semantic"], **SIZES, lr=1, zzz=2, wd=3, yyy=4)
+    name = "SemanticTransformerTrainer has no argument"
+    first, second, third = str(raised.value).split(". ")
+    assert first == f"{name} 'lr'; use learning_rate" and third == f"{name} 'wd'; use weight_decay"
+    assert second.startswith(f"{name} 'zzz', 'yyy'; use transformer, wav2vec, ")
+    listed = second.partition("use ")[2].split(", ")
+    assert len(listed) == len(set(listed)) and {"num_train_steps", "batch_size", "seed"} <= set(listed)
+    with pytest.raises(
+        TypeError, match="'weight_deca'; use weight_decay, ema_decay. LoopSettings has no argument 'see'; use"
+    ):
+        LoopSettings(**SIZES, weight_deca=0.1, see=1)
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["neither", "both"])

@@ -398,7 +398,7 @@ no weight | generate x --mix cello 0.5 | --mix: write the weight first.*e.g. --m
 kmeans without options | train kmeans | missing: --encoder STR --layer INT --data PATH --out PATH; see .* kmeans --help
 kmeans, unknown option | train kmeans --encoder E --layer 1 --data D --out O --preset x | has no option --preset
 kmeans, no number | train kmeans --encoder E --layer x --data D --out O | --layer.*'x'
-other name of a setting | train all --data D --output O | no setting output; use out
+other name of a setting | train all --data D --output O | no setting --output; use --out
 convert without a word | convert hubert | --checkpoint.*--out.*--kmeans
 vq-wav2vec without options | convert vq-wav2vec | --checkpoint.*--out
 no such choice | convert musiccaps --csv C --clips D --out O --split x | 'x'.*--split.*'none', 'eval', 'balanced'
@@ -427,10 +427,11 @@ no captions, all | train all --data BARE --out TMP/out | BARE has no captions.*p
 no captions, dry | train mulan --data BARE --out TMP/out --dry-run | BARE has no captions
 unknown preset | train all --preset tinny --data DATA --out TMP/out | 'tinny'; choose one of: tiny, small
 unknown stage | train codek --data DATA --out TMP/out | 'codek'; pass all or one of: codec
-misspelt setting | train all --semantic.run.learning-rat 1 --data DATA --out TMP/out | use semantic.run.learning_rate
+misspelt setting | train all --semantic.run.learning-rat 1 --data DATA --out TMP/out | use --semantic.run.learning-rate$
+setting of another section | train all --coarse.run.learnig-rate 1 --data DATA --out TMP/out | no setting --coarse.run.learnig-rate; use --coarse.run.learning-rate$
 setting of no number | train all --semantic.dim=x --data DATA --out TMP/out | semantic.dim: .*must be int, got 'x'
 setting without value | train all --data DATA --out TMP/out --semantic.dim | --semantic.dim needs a value
-misspelt option | train all --dryrun --data DATA --out TMP/out | no setting dryrun; use dry_run
+misspelt option | train all --dryrun --data DATA --out TMP/out | no setting --dryrun; use --dry-run
 no config | train all --config TMP/none.yaml --data DATA --out TMP/out | cannot read TMP/none.yaml
 scale | train all --scale nan --data DATA --out TMP/out | scale must be a number, got NaN
 negative seed | train all --seed -1 --data DATA --out TMP/out | seed must not be negative, got -1

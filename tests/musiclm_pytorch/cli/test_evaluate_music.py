@@ -1,6 +1,7 @@
 """`musiclm evaluate music` from clips on disk, from a model, and from MusicCaps."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -89,6 +90,16 @@ def test_selected_metrics_of_a_model(musiclm_command, tmp_path, monkeypatch):
     captions.write_text('{"caption": "slow cello"}\n{"caption": "fast flute"}\n')
     options = ["--model", "fake", "--captions", captions, "--metrics", "beat", "--out", tmp_path / "alone"]
     assert musiclm_command("evaluate", "music", *options) == 0
+
+
+def test_without_matplotlib_the_report_has_no_picture(musiclm_command, tmp_path, caplog, monkeypatch):
+    """The table and the values are written, and one warning names what to install."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    written_clips(tmp_path / "made")
+    options = ["--generated", tmp_path / "made", "--metrics", "beat", "--out", tmp_path / "out"]
+    assert musiclm_command("evaluate", "music", *options) == 0
+    assert 'the report has no picture; plots need matplotlib: pip install "musiclm[plot]"' in caplog.messages
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "metrics.md"]
 
 
 def test_generated_clips_are_deterministic_and_carry_labels(tmp_path):

@@ -62,7 +62,9 @@ def test_texts_and_values_of_a_file_have_the_same_effect(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("semantic.run.learning_rat", "1", "no setting semantic.run.learning_rat; use semantic.run.learning_rate"),
+        ("semantic.run.learning_rat", "1", "no setting semantic.run.learning_rat; use semantic.run.learning_rate$"),
+        ("fine.run.learnig_rate", "1", "no setting fine.run.learnig_rate; use fine.run.learning_rate$"),
+        ("semantic.learning_rate", "1", "use semantic.run.learning_rate$"),
         ("semantic", "1", "no setting semantic; use semantic.dim"),
         ("semantic.dim.x", "1", "no setting semantic.dim.x; use semantic.dim"),
         ("zzz", "1", "no setting zzz; use a setting that --print-config lists"),
