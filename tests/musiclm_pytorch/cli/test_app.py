@@ -428,7 +428,7 @@ no captions, dry | train mulan --data BARE --out TMP/out --dry-run | BARE has no
 unknown preset | train all --preset tinny --data DATA --out TMP/out | 'tinny'; choose one of: tiny, small
 unknown stage | train codek --data DATA --out TMP/out | 'codek'; pass all or one of: codec
 misspelt setting | train all --semantic.run.learning-rat 1 --data DATA --out TMP/out | use --semantic.run.learning-rate$
-setting of another section | train all --coarse.run.learnig-rate 1 --data DATA --out TMP/out | use --coarse.run.learning-rate$
+other section | train all --coarse.run.learnig-rate 1 --data DATA --out TMP/out | use --coarse.run.learning-rate$
 setting of no number | train all --semantic.dim=x --data DATA --out TMP/out | semantic.dim: .*must be int, got 'x'
 setting without value | train all --data DATA --out TMP/out --semantic.dim | --semantic.dim needs a value
 misspelt option | train all --dryrun --data DATA --out TMP/out | no setting --dryrun; use --dry-run
