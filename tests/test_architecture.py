@@ -44,7 +44,7 @@ ROOMS = {
         "musiclm": "generation melody pretrained quantizer",
         "musicgen": "evaluation mulan",
         "pretrained": "melody mulan musicgen musiclm quantizer",
-        "web": "generation musicgen musiclm",
+        "web": "generation mulan musicgen musiclm",
         "pipeline": "melody mulan musicgen musiclm pretrained quantizer",
         "cli": "evaluation generation mulan musicgen musiclm pipeline pretrained quantizer web",
         "recipes": "cli evaluation generation melody mulan musicgen musiclm pipeline pretrained quantizer",
