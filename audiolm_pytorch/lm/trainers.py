@@ -149,10 +149,7 @@ class StageTrainer:
             shared |= {"wav2vec": wav2vec, "codec": codec, "conditioners": conditioners}
             train = WaveSource(train_items, transformer, augment_waves=augment_waves, **only_train, **shared)
             valid = WaveSource(valid_items, transformer, **shared)
-        _check_captions(transformer, train)
-        missing = sorted({*transformer.further_conditions} - {*train.conditions})
-        if missing:
-            logger.warning("the data lack %s; the %s transformer is trained without", missing, transformer.namespace)
+        _check_conditions(transformer, train)
         if not all_shards:
             _warn_of_unused(transformer, wav2vec, codec, train, bool(conditioners))
         self.transformer, self.conditioner, self.text_conditioner = transformer, audio_conditioner, text_conditioner
@@ -252,8 +249,11 @@ def _check_shards_only(folder: Any, items: Any, conditioners: Any, augment_waves
         raise ValueError("got augment_waves and shards, which have no waves; pass audio files instead")
 
 
-def _check_captions(transformer: StageTransformer, train: StageSource) -> None:
-    """Check that a stage that is trained on captions has a recording with a caption."""
+def _check_conditions(transformer: StageTransformer, train: StageSource) -> None:
+    """Check that a stage that is trained on captions has a recording with a caption; warn of missing conditions."""
+    missing = sorted({*transformer.further_conditions} - {*train.conditions})
+    if missing:
+        logger.warning("the data lack %s; the %s transformer is trained without", missing, transformer.namespace)
     if train.has_captions or not (train.uses_captions or train.text_prob > 0):
         return
     setting = f"text_dim={transformer.text_dim}" if train.uses_captions else f"text_prob={train.text_prob}"

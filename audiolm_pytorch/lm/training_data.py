@@ -86,6 +86,7 @@ class StageSource(ABC):
         self.conditioner, self.text_prob, self.seed = audio_conditioner, text_prob, seed
         self.augment_text = augment_text
         self.uses_captions = transformer.text_dim is not None
+        self.conditions: tuple[str, ...] = ()  # further conditions of the stage that the recordings have
 
     @abstractmethod
     def __len__(self) -> int:
@@ -100,11 +101,6 @@ class StageSource(ABC):
     @abstractmethod
     def has_captions(self) -> bool:
         """Whether any recording has a caption."""
-
-    @property
-    @abstractmethod
-    def conditions(self) -> tuple[str, ...]:
-        """Names of the further conditions of the stage that the recordings have."""
 
     @property
     @abstractmethod
@@ -184,6 +180,7 @@ class WaveSource(StageSource):
         self.wav2vec, self.codec = wav2vec, codec
         self.rates_hz = sample_rates(transformer.kinds, wav2vec, codec)
         self.conditioners = dict(conditioners or {})
+        self.conditions = tuple(self.conditioners)
         if not set(self.conditioners) <= set(transformer.further_conditions):
             raise ValueError(
                 f"the {transformer.namespace} transformer has the conditions {sorted(transformer.further_conditions)}, "
@@ -210,11 +207,6 @@ class WaveSource(StageSource):
     def has_captions(self) -> bool:
         """Whether any file has a caption."""
         return any(self.captions)
-
-    @property
-    def conditions(self) -> tuple[str, ...]:
-        """Names of the conditions that are computed from the files."""
-        return tuple(self.conditioners)
 
     @property
     def digest(self) -> str:
@@ -323,6 +315,7 @@ class ShardSource(StageSource):
         }
         specs = {name: transformer.fuser.specs[name] for name in transformer.further_conditions}
         self.ways = {name: spec.way for name, spec in specs.items() if name in shards.fields}
+        self.conditions = tuple(self.ways)
         needed = {*transformer.kinds, *(field for field, is_needed in optional.items() if is_needed)}
         if not needed <= set(shards.fields):
             raise ValueError(f"{shards.folder} has fields {sorted(shards.fields)}, the stage needs {sorted(needed)}")
@@ -364,11 +357,6 @@ class ShardSource(StageSource):
             return self.shards.longest("text_latents") > 0
         records = range(len(self)) if "captions" in self.shards.fields else ()
         return any(decode_texts(self.shards[index]["captions"]) for index in records)
-
-    @property
-    def conditions(self) -> tuple[str, ...]:
-        """Names of the conditions that the shards have as fields."""
-        return tuple(self.ways)
 
     @property
     def digest(self) -> str:

@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from audiolm_pytorch.saving.text import printable
-from musiclm_pytorch.cli.checks import (
-    ModelOptions,
-    check_apart,
-    check_at_least,
-    check_file,
-    check_needs,
-    check_seconds,
-    device_named,
-    option_name,
+from musiclm_pytorch.cli.checks import ModelOptions, device_named, option_name
+from musiclm_pytorch.cli.generate_checks import (
+    LAST_SECONDS,
+    STANDARD_OUTPUT,
+    check_request,
+    read_prompts,
+    read_story,
 )
 
 if TYPE_CHECKING:
@@ -43,11 +41,8 @@ REPEATED_OPTIONS = (
     *("continue_from", "continue_seconds", "melody", "watermark"),
 )
 
-_AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
-_STREAM_SUFFIXES = (".wav", ".raw")
-_STANDARD_OUTPUT = Path("-")
 _UNKNOWN_SIZE = 0xFFFFFFFF
-_NUM_SAMPLES, _RANK_SECONDS, _LAST_SECONDS = 4, 3.0, 5.0
+_NUM_SAMPLES, _RANK_SECONDS = 4, 3.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ class Generate(ModelOptions):
 
     def execute(self) -> int:
         """Write the best candidate to a file and print the similarity of each candidate to the text."""
-        _check(self)
+        check_request(self)
 
         from musiclm_pytorch.musicgen.published import is_musicgen
 
@@ -140,7 +135,7 @@ class Generate(ModelOptions):
         if self.prompts is None:
             yield self
             return
-        for number, text in enumerate(_read_prompts(self.prompts), start=1):
+        for number, text in enumerate(read_prompts(self.prompts), start=1):
             piece = replace(self, text=text, prompts=None, out=_with_ending(self.out, number))
             if self.plot is not None:
                 piece = replace(piece, plot=_with_ending(self.plot, number))
@@ -228,7 +223,7 @@ class Generate(ModelOptions):
         return wave[None, :, -max(1, round(self.continue_seconds * sample_hz)) :], sample_hz
 
     @property
-    def _prompt_seconds(self) -> float:
+    def prompt_seconds(self) -> float:
         """The length of the part of the recording that is continued."""
         if self.continue_from is None:
             return 0.0
@@ -283,7 +278,7 @@ class Generate(ModelOptions):
                 partial.replace(out)
             finally:
                 partial.unlink(missing_ok=True)
-        self._print(f"wrote {'standard output' if self.out == _STANDARD_OUTPUT else self.out}")
+        self._print(f"wrote {'standard output' if self.out == STANDARD_OUTPUT else self.out}")
 
     def _write_samples(self, first: "_Chunk", chunks: "Iterator[_Chunk]", path: Path) -> None:
         """Write a header and the samples of all chunks."""
@@ -291,7 +286,7 @@ class Generate(ModelOptions):
 
         channels = len(first.waves[0]) if first.waves[0].ndim == 2 else 1
         has_header = not self.raw and self.out.suffix.lower() != ".raw"
-        to_file = path != _STANDARD_OUTPUT
+        to_file = path != STANDARD_OUTPUT
         if to_file:
             path.parent.mkdir(parents=True, exist_ok=True)
         with self._disk_errors(), open(path if to_file else sys.stdout.fileno(), "wb", closefd=to_file) as file:
@@ -339,13 +334,13 @@ class Generate(ModelOptions):
     @property
     def _starts(self) -> list[tuple[float, str]]:
         """The texts, each with its start in seconds."""
-        return [(0.0, self.text)] if self.story is None else _read_story(self.story)
+        return [(0.0, self.text)] if self.story is None else read_story(self.story)
 
     @cached_property
     def _seconds(self) -> float:
         if self.seconds is not None:
             return self.seconds
-        return max(self._starts[-1][0], self._prompt_seconds) + _LAST_SECONDS
+        return max(self._starts[-1][0], self.prompt_seconds) + LAST_SECONDS
 
     @property
     def _title(self) -> str:
@@ -380,7 +375,7 @@ class Generate(ModelOptions):
 
     def _print(self, message: str) -> None:
         if not self.json:
-            print(printable(message), file=sys.stderr if self.out == _STANDARD_OUTPUT else sys.stdout)
+            print(printable(message), file=sys.stderr if self.out == STANDARD_OUTPUT else sys.stdout)
 
 
 def _wav_header(sample_hz: int, channels: int, num_bytes: int | None) -> bytes:
@@ -398,101 +393,3 @@ def _without_folders(path: Path | str) -> str:
 def _with_ending(path: Path, ending: object) -> Path:
     """Return a path whose name ends in `-ending`, before the suffix."""
     return path.with_name(f"{path.stem}-{ending}{path.suffix}")
-
-
-def _read_text(path: Path, name: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the {name} {path}: {error}") from error
-
-
-def _read_prompts(path: Path) -> list[str]:
-    """Read the texts of a file, one a line; empty lines and lines with # are skipped."""
-    lines = [line.strip() for line in _read_text(path, "prompts").splitlines()]
-    texts = [line for line in lines if line and not line.startswith("#")]
-    if not texts:
-        raise ValueError(f"{path} has no lines; write one text a line")
-    return texts
-
-
-def _read_story(path: Path) -> list[tuple[float, str]]:
-    """Read the lines of a story, see `story_of_lines`."""
-    from musiclm_pytorch.generation.prompts import story_of_lines
-
-    story = story_of_lines(_read_text(path, "story"), str(path))
-    if not story:
-        raise ValueError(f'{path} has no lines; write lines like "15 a slow waltz", of which the first starts at 0')
-    return story
-
-
-def _check(command: Generate) -> None:
-    """Check the arguments and that the files can be written, before the model is loaded."""
-    for name in ("continue_from", "melody", "story", "prompts"):
-        if (path := getattr(command, name)) is not None and (path.is_dir() or not path.exists()):
-            reason = "is a folder; name a file" if path.is_dir() else "no such file; check the name"
-            raise ValueError(f"{option_name(name)}: {path}: {reason}")
-    sources = {"the text": command.text, "--story": command.story, "--prompts": command.prompts}
-    if len(given := [name for name, value in sources.items() if value not in (None, "")]) > 1:
-        raise ValueError(f"got {' and '.join(given)}; pass only one of them")
-    if command.story is not None:
-        _read_story(command.story)
-    elif command.prompts is not None:
-        _read_prompts(command.prompts)
-        if command.out == _STANDARD_OUTPUT:
-            raise ValueError("--prompts writes several files and cannot be used with --out -; name a file")
-    elif not command.text.strip():
-        raise ValueError('the text is empty; describe the music, e.g. "a slow waltz on the cello"')
-    mixed = [part for _, part in command.mix]
-    for text in (command.text, command.negative or "", *(part for part in mixed if not Path(part).is_file())):
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"the text {text!r:.60} is not UTF-8; type it in a terminal that uses UTF-8")
-    check_at_least(command, num_samples=1, seed=0)
-    check_seconds(command.seconds)
-    check_needs(command, {"rank_seconds": "stream", "raw": "stream", "continue_seconds": "continue_from"})
-    for name in ("rank_seconds", "continue_seconds"):
-        if (seconds := getattr(command, name)) is not None and not 0 < seconds < inf:
-            raise ValueError(f"{option_name(name)} must be above 0, got {seconds:g}")
-    if command.stream and command.plot is not None:
-        raise ValueError("--plot needs the whole music and cannot be used with --stream")
-    if command.stream and (command.keep_all or command.json):
-        option = "--keep-all" if command.keep_all else "--json"
-        raise ValueError(f"{option} needs the whole music; leave out {option} or --stream")
-    for name, limit in {"temperature": 10.0, "guidance_scale": 100.0}.items():
-        if (value := getattr(command, name)) is not None and not 0 <= value <= limit:
-            raise ValueError(f"{option_name(name)} must be from 0 to {limit:g}, got {value:g}")
-    if not command.stream and command.out == _STANDARD_OUTPUT:
-        raise ValueError("--out - needs --stream")
-    if command.out != _STANDARD_OUTPUT:
-        check_file(command.out, _STREAM_SUFFIXES if command.stream else _AUDIO_SUFFIXES)
-    elif sys.stdout is None or sys.stdout.isatty():
-        raise ValueError("standard output is a terminal or closed; pipe the samples into a player, or name a file")
-    inputs = [command.continue_from, command.melody, command.story, command.prompts, *map(Path, mixed)]
-    check_apart(command.out, inputs)
-    if command.plot is not None:
-        from musiclm_pytorch.evaluation.plots import PICTURE_SUFFIXES, require_matplotlib
-
-        check_file(command.plot, PICTURE_SUFFIXES)
-        require_matplotlib()
-    _check_recordings(command)
-
-
-def _check_recordings(command: Generate) -> None:
-    """Check that the recordings can be opened, and that the music is longer than the recording that is continued."""
-    from audiolm_pytorch.audio.formats import AUDIO_SUFFIXES
-    from audiolm_pytorch.audio.stream import open_sound
-
-    mixed = [Path(part) for _, part in command.mix]
-    mixed = [path for path in mixed if path.suffix.lower() in AUDIO_SUFFIXES or path.is_file()]
-    for path in (command.continue_from, command.melody, *mixed):
-        if path is not None:
-            with open_sound(path):
-                pass
-    if command.seconds is not None and (prompt_seconds := command._prompt_seconds) > command.seconds:
-        raise ValueError(
-            f"{command.continue_from}: {prompt_seconds:.2f} s are continued, longer than --seconds "
-            f"{command.seconds:g}, which includes them; write --continue-seconds {command.seconds / 2:g} to continue "
-            f"only the end, or --seconds {prompt_seconds + _LAST_SECONDS:.0f}"
-        )

@@ -1,10 +1,9 @@
 """The training pipeline, which runs all steps of a preset in order and continues interrupted steps."""
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +13,12 @@ from torch import nn
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs import Codec
-from audiolm_pytorch.data.items import items_digest
 from audiolm_pytorch.data.manifest import captions_of, training_items
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.generation.stage_samples import StageSampler
 from audiolm_pytorch.lm.trainers import TABLE_FILE
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.files import read_weights, write_json
-from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.model_folder import exact_dtype
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.saving.ownership import check_folder_owner
@@ -40,7 +37,7 @@ from musiclm_pytorch.pipeline import run_folder
 from musiclm_pytorch.pipeline.builders import STAGES, build_quantizer, build_stage
 from musiclm_pytorch.pipeline.fine_tuning import FineTuning, warn_of_unread_captions
 from musiclm_pytorch.pipeline.presets import Preset
-from musiclm_pytorch.pipeline.pretrained_parts import PRETRAINED_KINDS, check_pretrained
+from musiclm_pytorch.pipeline.pretrained_parts import check_pretrained
 from musiclm_pytorch.pipeline.samples import MAX_SAMPLE_SECONDS, write_samples
 from musiclm_pytorch.pipeline.steps import ALL_STEPS, MELODY_STEPS, STEPS, StepReport, check_step
 from musiclm_pytorch.pipeline.token_shards import MIN_SECONDS, compute_melodies, compute_token_split
@@ -167,7 +164,7 @@ class Pipeline:
         check_step(step)
         names = self._steps_to_run(step)
         self._check_needs(names)
-        with run_folder.claimed_run(self.out, self._facts(), self.accelerator, self.allow_changed):
+        with run_folder.claimed_run(self.out, run_folder.facts_of(self), self.accelerator, self.allow_changed):
             for name in names:
                 # tokens without a report are checked, because `musiclm tokenize` may have computed them for other data
                 if self.is_done(name) and (name != "tokens" or self._report(name)):
@@ -253,27 +250,6 @@ class Pipeline:
         self.accelerator.wait_for_everyone()
 
     # the folder of the run
-
-    def _facts(self) -> dict[str, Any]:
-        """Return the settings that must not change when a run continues."""
-        # relative paths: the corpus may be moved
-        root = (self.data.parent if self.data.is_file() else self.data).resolve()
-        paths = sorted(os.path.relpath(item.path.resolve(), root) for item in [*self.train_items, *self.valid_items])
-        preset = asdict(self.preset)
-        del preset["melody"]  # checked by the trainers, so that finished runs without melodies can be trained on
-        return {
-            **self.start.facts,
-            "preset": preset,
-            "seed": self.seed,
-            "num_files": len(paths),
-            "files": run_folder.hash_of(os.fsencode("\n".join(paths))),
-            "data": items_digest([*self.train_items, *self.valid_items]),
-            "captions": run_folder.hash_of("\n".join(self.captions).encode()),
-            "pretrained": {
-                step: part_fingerprint(self.pretrained[step]) if step in self.pretrained else "none"
-                for step in PRETRAINED_KINDS
-            },
-        }
 
     def _report(self, step: str) -> dict[str, Any]:
         file = self.out / step / "report.json"

@@ -17,11 +17,11 @@ pytestmark = pytest.mark.slow
 
 
 @bad_input("""
-port | web --port 70000 | the port must be in 0..65535, got 70000
+port | web --port 70000 | the port must be from 0 to 65535, got 70000
 no address | web --port 0 --host 999.1.1.1 | cannot listen at 999.1.1.1, port 0 .*; choose another host or port
 short token | web --port 0 --token short | the token must have at least 12 letters, got 5
 no seconds | web --port 0 --max-seconds 0 | the limit of seconds must be above 0 and at most 3600, got 0
-many candidates | web --port 0 --max-candidates 99 | the limit of candidates must be in 1..16, got 99
+many candidates | web --port 0 --max-candidates 99 | the limit of candidates must be from 1 to 16, got 99
 no jobs | web --port 0 --max-jobs 0 | the limit of jobs must be at least 1, got 0
 no model | web --port 0 --model nobody | there is no folder nobody
 no number | web --port http | --port.*'http'

@@ -349,12 +349,14 @@ def test_the_bundled_tokenizer_and_its_encoder_have_one_name():
 
 @pytest.mark.slow
 def test_bundled_stages_have_fingerprints():
-    """The bundled stages have the fingerprints of the bundled tokenizers and quantizer."""
+    """The bundled stages have the fingerprints of the bundled tokenizers, quantizer and melody embedder."""
     folder = bundled_models()["tiny"]
     known = {
         "semantic": SemanticTokenizer.from_pretrained("semantic_16khz").fingerprint(),
         "acoustic": Codec.from_pretrained("codec_16khz").fingerprint(),
     }
     known["conditioner"] = load_module(folder / "quantizer").fingerprint()
-    for stage, kinds in (("semantic", ["semantic"]), ("coarse", ["semantic", "acoustic"]), ("fine", ["acoustic"])):
+    known["melody"] = load_module(folder / "melody").fingerprint()
+    stages = {"semantic": ["semantic", "melody"], "coarse": ["semantic", "acoustic", "melody"], "fine": ["acoustic"]}
+    for stage, kinds in stages.items():
         assert load_module(folder / stage).token_fingerprints == {kind: known[kind] for kind in [*kinds, "conditioner"]}
