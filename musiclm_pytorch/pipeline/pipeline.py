@@ -136,7 +136,7 @@ class Pipeline:
         return [text for item in self.train_items for text in (*captions_of(item), *aspects_of(item))]
 
     def require_captions(self, step: str = "mulan") -> None:
-        """Raise a ValueError if the training files have no captions, which the training of MuLaN needs."""
+        """Raise a ValueError if the training files have no captions, which `step` needs."""
         if not self.captions:
             raise ValueError(
                 f"{self.data} has no captions, but the step {step} needs them; write a.txt beside a.wav, or pass a "
@@ -190,8 +190,8 @@ class Pipeline:
 
     def _check_needs(self, names: list[str]) -> None:
         """Check, before the first step starts, that every result needed by the steps in `names` exists."""
+        given = {*names, *(set(STAGES) & set(self.start.trained))}
         for name in names:
-            given = {*names, *(stage for stage in STAGES if stage in self.start.trained)}
             missing = [need for need in ALL_STEPS[name] if need not in given and not self.is_done(need)]
             if missing:
                 raise ValueError(
@@ -416,10 +416,10 @@ class Pipeline:
                 name: self._load(step, PARTS[name]) if self.is_done(step) else self.start.copy_of(step)
                 for name, step in ((name, step.replace("_", "-")) for name, step in trained.items())
             }
-            if "melody" in steps or "melody" in self.pretrained:
-                parts["melody"] = (
-                    self._load("melody", MelodyEmbedder) if "melody" in steps else self.pretrained["melody"]
-                )
+            if "melody" in steps:
+                parts["melody"] = self._load("melody", MelodyEmbedder)
+            elif "melody" in self.pretrained:
+                parts["melody"] = self.pretrained["melody"]
             sampling = {}
             for stage in STAGES:
                 if self.is_done(trained[stage]):
