@@ -34,6 +34,8 @@ class TrainMusicGen(PresetOptions):
     """Fine-tune this MusicGen, a folder or a hub id such as facebook/musicgen-small, with the settings of --preset."""
     lora_rank: int | None = None
     """With --from: train low-rank updates of this rank instead of all weights."""
+    freeze: tuple[str, ...] = ()
+    """With --from: names of parameters that are not trained, or parts of names, such as embedding or blocks.0."""
     stereo: bool = False
     """Train a stereo model. A mono model of --from is its start."""
     codec: str | None = None
@@ -61,8 +63,8 @@ class TrainMusicGen(PresetOptions):
     def execute(self) -> int:
         """Train the model, and print its last validation metrics."""
         check_at_least(self, seed=0, lora_rank=1, num_workers=0)
-        if self.lora_rank is not None and self.from_model is None:
-            raise ValueError("--lora-rank needs --from; add the model to fine-tune, or leave out --lora-rank")
+        if self.from_model is None and (self.lora_rank is not None or self.freeze):
+            raise ValueError("--lora-rank and --freeze need --from; add the model to fine-tune")
         from musiclm_pytorch.pipeline.musicgen_presets import musicgen_preset
 
         preset = self.resolved(musicgen_preset(self.preset or "tiny"))
@@ -92,6 +94,7 @@ class TrainMusicGen(PresetOptions):
                 model,
                 items,
                 lora_rank=self.lora_rank,
+                freeze=self.freeze,
                 assumed=self.dry_run_device,
                 depth=preset.depth if self.from_model is None else None,
                 num_processes=accelerator.num_processes,
@@ -104,6 +107,7 @@ class TrainMusicGen(PresetOptions):
             items,
             out=out,
             lora_rank=self.lora_rank,
+            freeze=self.freeze,
             seed=self.seed,
             accelerator=accelerator,
             allow_changed=self.allow_changed,

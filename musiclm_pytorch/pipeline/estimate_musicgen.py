@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import inf
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import ConditionTensor
@@ -13,6 +13,7 @@ from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.lm.task import chance_losses
 from audiolm_pytorch.nn.lora import LoRA
 from audiolm_pytorch.saving.construction import preserve_rng
+from audiolm_pytorch.training.freezing import frozen_parameters
 from musiclm_pytorch.musicgen.musicgen import MusicGen
 from musiclm_pytorch.musicgen.transformer import MusicGenTransformer
 from musiclm_pytorch.pipeline.estimate import (
@@ -48,6 +49,7 @@ def estimate_musicgen(
     items: tuple[Sequence[AudioItem], Sequence[AudioItem]],
     *,
     lora_rank: int | None = None,
+    freeze: Sequence[str] = (),
     assumed: str | None = None,
     depth: int | None = None,
     num_processes: int = 1,
@@ -62,9 +64,9 @@ def estimate_musicgen(
         options = preset, items, assumed, num_processes
         rows = [] if preset.mix_prob > 0 else [_Probe(model, *options).tokens()]
         if assumed is None:
-            rows.append(_Probe(model, *options).training(lora_rank))
+            rows.append(_Probe(model, *options).training(lora_rank, freeze))
         else:
-            one, two = (_Probe(_with_depth(model, number), *options).training(lora_rank) for number in (1, 2))
+            one, two = (_Probe(_with_depth(model, number), *options).training(lora_rank, freeze) for number in (1, 2))
             rows.append(extrapolated(one, two, depth or model.transformer.config["depth"]))
     return estimate_table(rows, items, model.device, assumed, {})
 
@@ -104,7 +106,7 @@ class _Probe:
         melody_bytes = num_windows * self.melody_frames * 12 * _BYTES_PER_CHROMA
         return StepEstimate("tokens", 0, num_tokens, round(BYTES_PER_TOKEN * num_tokens + melody_bytes), seconds)
 
-    def training(self, lora_rank: int | None) -> StepEstimate:
+    def training(self, lora_rank: int | None, freeze: Sequence[str] = ()) -> StepEstimate:
         """Estimate the cost of the training; a step takes a time in proportion to the rows of its crops."""
         model, run = self.model, self.preset.run
         text = model.text_conditioner
@@ -113,7 +115,8 @@ class _Probe:
         if lora_rank is not None:
             LoRA(model.transformer, lora_rank)
             trained = [model.transformer]
-        parameters = [weight for module in trained for weight in module.parameters() if weight.requires_grad]
+        with frozen_parameters(nn.ModuleList(trained), freeze):
+            parameters = [weight for module in trained for weight in module.parameters() if weight.requires_grad]
         limit = min(run.batch_size, MAX_CROPS)
         step = step_function(parameters, self._loss, run, model.device)
         num_crops = run.num_train_steps * run.batch_size * run.grad_accum_every

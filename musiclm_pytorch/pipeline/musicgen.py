@@ -86,6 +86,7 @@ def musicgen_trainer(
     *,
     out: str | Path,
     lora_rank: int | None = None,
+    freeze: Sequence[str] = (),
     seed: int = 0,
     accelerator: "accelerate.Accelerator | None" = None,
     allow_changed: Sequence[str] = (),
@@ -100,6 +101,7 @@ def musicgen_trainer(
         model: New or trained model, which is trained in place.
         items: Training items and validation items.
         lora_rank: Rank of low-rank updates, see `MusicGenTrainer`.
+        freeze: Names of parameters that are not trained, see `LoopSettings`.
         allow_changed: Names of settings that may differ from those of the interrupted run.
         num_workers: Worker processes that load batches, see `LoopSettings`. The result does not depend on it.
     """
@@ -131,6 +133,7 @@ def musicgen_trainer(
         **data,
         **_settings(preset),
         lora_rank=lora_rank,
+        freeze=tuple(freeze),
         results_folder=out / model.transformer.namespace,
         accelerator=accelerator,
         seed=seed,
