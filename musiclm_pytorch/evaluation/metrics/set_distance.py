@@ -8,7 +8,7 @@ import numpy as np
 from musiclm_pytorch.evaluation.metric import ClipSet, Metric, UnmetNeed, require_real
 from musiclm_pytorch.evaluation.report import MetricValue
 
-__all__ = ["SetDistance", "WeightedDistance"]
+__all__ = ["SetDistance", "WeightedDistance", "distance_interval"]
 
 _BOOTSTRAP_ROUNDS = 200
 _FLOOR_SPLITS = 20
@@ -17,12 +17,25 @@ _FLOOR_SPLITS = 20
 WeightedDistance = Callable[[np.ndarray, np.ndarray], float]
 
 
-class SetDistance(Metric):
-    """Distance between the embeddings of two sets of clips.
+def distance_interval(distance: WeightedDistance, sizes: tuple[int, int]) -> tuple[float, float, float]:
+    """Compute a distance of two sets of clips with these numbers of clips, and the ends of its 95% interval.
 
     The interval is a bootstrap over the clips of both sets. A set drawn with repetition is less varied than the
     original set, which increases every distance; so the interval is moved by the mean of this increase.
     """
+    value = distance(*(np.ones(size) for size in sizes))
+    rng = np.random.default_rng(0)
+    rounds = [
+        distance(*(np.bincount(rng.integers(size, size=size), minlength=size).astype(float) for size in sizes))
+        for _ in range(_BOOTSTRAP_ROUNDS if min(sizes) > 2 else 0)
+    ]
+    drawn = np.array([number for number in rounds if np.isfinite(number)] or [value])
+    low, high = np.quantile(drawn, [0.025, 0.975]) - drawn.mean() + value
+    return value, float(low), float(high)
+
+
+class SetDistance(Metric):
+    """Distance between the embeddings of two sets of clips, with the interval of `distance_interval`."""
 
     @abstractmethod
     def weighted_distance(self, clips: ClipSet, real: ClipSet) -> WeightedDistance:
@@ -32,17 +45,9 @@ class SetDistance(Metric):
         """Measure the distance between the clips and the real clips."""
         real = require_real(real, self)
         distance = self.weighted_distance(clips, real)
-        sizes = len(clips), len(real)
-        value = distance(*(np.ones(size) for size in sizes))
-        rng = np.random.default_rng(0)
-        rounds = [
-            distance(*(np.bincount(rng.integers(size, size=size), minlength=size).astype(float) for size in sizes))
-            for _ in range(_BOOTSTRAP_ROUNDS if min(sizes) > 2 else 0)
-        ]
-        drawn = np.array([number for number in rounds if np.isfinite(number)] or [value])
-        low, high = np.quantile(drawn, [0.025, 0.975]) - drawn.mean() + value
+        value, low, high = distance_interval(distance, (len(clips), len(real)))
         name = f"{self.name} / {clips.name}"
-        return [MetricValue(name, value, float(low), float(high), None, len(clips), self._note(clips, real))]
+        return [MetricValue(name, value, low, high, None, len(clips), self._note(clips, real))]
 
     def floor(self, real: ClipSet, training: ClipSet | None) -> list[MetricValue]:
         """Measure the distance between random halves of the real clips: mean and 95% of 20 divisions."""
