@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from audiolm_pytorch.saving.text import printable
 
@@ -40,7 +40,7 @@ class Export:
 
         if self.onnx and (self.bundled or self.ranker):
             raise ValueError("--onnx writes the codec and the language models; leave out --bundled and --ranker")
-        options = {"allow_noncommercial": self.allow_noncommercial}
+        options: dict[str, Any] = {"allow_noncommercial": self.allow_noncommercial}
         is_music_gen = is_musicgen(self.run, **options)
         if self.onnx:
             self._write_onnx(is_music_gen)
