@@ -12,7 +12,7 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.files import peak_safe
 from audiolm_pytorch.audio.units import check_durations
-from audiolm_pytorch.audio.waves import check_rate
+from audiolm_pytorch.audio.waves import check_dtype, check_rate
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.checks.tracing import not_compiled
 from audiolm_pytorch.checks.types import typed
@@ -27,9 +27,8 @@ from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.sharing import SharedModel
 from audiolm_pytorch.saving.text import joined_lines
 from musiclm_pytorch.generation.candidates import Candidates, MusicChunk, ranked, score_candidates, seeds_of_candidates
-from musiclm_pytorch.generation.prompts import Mixture, MusicPrompt, codes_of_prompts, prompts_of, stories_of
+from musiclm_pytorch.generation.prompts import Mixture, MusicPrompt, embed_prompts, prompts_of, stories_of
 from musiclm_pytorch.melody.embedder import MelodyEmbedder
-from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.pretrained.parts import CARD, read_parts, save_parts
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
@@ -44,8 +43,6 @@ class MusicLM(SharedModel):
         mulan_embed_quantizer: Quantizer of texts, with a namespace for each conditioned stage.
         num_levels: Default number of levels of codes to condition on; None = all levels.
         melody_embedder: Embedder of melodies that stages with a melody were trained with; None = text alone.
-        ranker: MuLaN or CLAP that ranks candidates; None = the MuLaN of the quantizer. The stages do not depend on it,
-            so that it can be trained later, for example on copies of music by the codec.
 
     Raises:
         ValueError: If no stage is conditioned, a conditioned stage has no fitting namespace or was trained with another
@@ -64,7 +61,6 @@ class MusicLM(SharedModel):
         mulan_embed_quantizer: MuLaNEmbedQuantizer,
         num_levels: int | None = None,
         melody_embedder: MelodyEmbedder | None = None,
-        ranker: JointEmbedding | None = None,
     ) -> None:
         super().__init__()
         widths = {name: stage.cond_dim for name, stage in audio_lm.stages.items()}
@@ -80,7 +76,7 @@ class MusicLM(SharedModel):
             )
         for name in self.conditioned:
             check_compatible(audio_lm.stages[name], audio_conditioner=mulan_embed_quantizer)
-        self.audio_lm, self.melody_embedder, self.ranker = audio_lm, melody_embedder, ranker
+        self.audio_lm, self.melody_embedder = audio_lm, melody_embedder
         if melody_embedder is not None:
             melody_embedder.check_compatible(audio_lm.stages)
         if mulan_embed_quantizer is audio_lm.audio_conditioner:
@@ -99,7 +95,6 @@ class MusicLM(SharedModel):
             **audio_lm.stages,
             **({} if audio_lm.text_conditioner is None else {"text_conditioner": audio_lm.text_conditioner}),
             **({} if self.melody_embedder is None else {"melody": self.melody_embedder}),
-            **({} if self.ranker is None else {"ranker": self.ranker}),
         }
         save_parts(folder, parts, self.generation_settings, dtype)
 
@@ -134,7 +129,6 @@ class MusicLM(SharedModel):
                 mulan_embed_quantizer=parts["quantizer"],
                 num_levels=card.get("num_levels"),
                 melody_embedder=parts.get("melody"),
-                ranker=parts.get("ranker"),
             )
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"the modules in {source} are not compatible: {joined_lines(error)}") from error
@@ -302,7 +296,7 @@ class MusicLM(SharedModel):
     @typed
     @torch.no_grad()
     def scores(self, prompts: Sequence[MusicPrompt], waves: Tensor, *, max_batch: int = 16) -> Tensor:
-        """Cosine similarity `[prompts, candidates]` of each prompt and its candidates, as the ranker embeds them.
+        """Cosine similarity `[prompts, candidates]` of the MuLaN embeddings of each prompt and its candidates.
 
         The score of a wave that is not finite is NaN. For a story, every part of a wave is compared with its own text,
         and the similarities are averaged over time.
@@ -311,9 +305,20 @@ class MusicLM(SharedModel):
             prompts: Texts, mixtures or stories.
             waves: `[prompts, candidates, n]` or `[prompts, candidates, c, n]` at `sample_hz`.
             max_batch: Number of candidates that are embedded in one batch.
+
+        Raises:
+            ValueError: If the shape or dtype of `waves` is wrong, or `max_batch` is below 1.
         """
-        ranker = self.mulan_embed_quantizer.mulan if self.ranker is None else self.ranker
-        return score_candidates(stories_of(prompts), waves, self.sample_hz, ranker, max_batch)
+        check_positive(max_batch=max_batch)
+        check_dtype(waves, "waves")
+        if waves.ndim not in (3, 4) or len(waves) != len(prompts) or not waves.numel():
+            raise ValueError(
+                "waves must be [prompts, candidates, n] or [prompts, candidates, c, n] and not empty, "
+                f"got shape {list(waves.shape)} for {len(prompts)} prompts"
+            )
+        quantizer = self.mulan_embed_quantizer
+        stories = embed_prompts(stories_of(prompts), quantizer, self.sample_hz)
+        return score_candidates(stories, waves, self.sample_hz, quantizer.mulan, max_batch)
 
     def _checked_levels(self, num_levels: int | None) -> int:
         """Check `num_levels` and return it; None becomes the number of all levels."""
@@ -334,22 +339,20 @@ class MusicLM(SharedModel):
     ) -> GenerationRequest:
         """Build a request of one item per prompt, conditioned on the codes of the prompts."""
         levels = self.num_levels if num_levels is None else self._checked_levels(num_levels)
-        stories = codes_of_prompts(stories_of(prompts), self.mulan_embed_quantizer, self.sample_hz)
-        last_change = max(story[-1][0] for story in stories)
+        stories = embed_prompts(stories_of(prompts), self.mulan_embed_quantizer, self.sample_hz)
+        last_change = max(story[-1].seconds for story in stories)
         if last_change >= seconds:
             raise ValueError(f"a story changes after {last_change:g} s, but the music ends after {seconds:g} s")
         changes = []
         for number in range(1, max(map(len, stories))):
-            times = [story[number][0] if number < len(story) else inf for story in stories]
-            later = [story[min(number, len(story) - 1)][1] for story in stories]
+            times = [story[number].seconds if number < len(story) else inf for story in stories]
+            later = [story[min(number, len(story) - 1)].codes for story in stories]
             changes.append(ConditionChange(torch.tensor(times, dtype=torch.float64), self._conditioning(later, levels)))
         negative = None
         if negative_text is not None:
-            entries = codes_of_prompts(
-                stories_of(prompts_of(negative_text)), self.mulan_embed_quantizer, self.sample_hz
-            )
-            negative = self._conditioning([codes for (_, codes), *_ in entries], levels)
-        first, melody = self._conditioning([story[0][1] for story in stories], levels), melody or {}
+            entries = embed_prompts(stories_of(prompts_of(negative_text)), self.mulan_embed_quantizer, self.sample_hz)
+            negative = self._conditioning([entry.codes for entry, *_ in entries], levels)
+        first, melody = self._conditioning([story[0].codes for story in stories], levels), melody or {}
         request = GenerationRequest(
             batch_size=len(prompts),
             seconds=seconds,

@@ -41,7 +41,7 @@ ROOMS = {
         "quantizer": "mulan",
         "melody": "mulan quantizer",
         "generation": "mulan quantizer",
-        "musiclm": "generation melody mulan pretrained quantizer",
+        "musiclm": "generation melody pretrained quantizer",
         "musicgen": "evaluation mulan",
         "pretrained": "melody mulan musicgen musiclm quantizer",
         "web": "generation mulan musicgen musiclm",

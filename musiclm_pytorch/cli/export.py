@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from audiolm_pytorch.saving.text import printable
 
@@ -26,32 +26,23 @@ class Export:
     [onnx] extra)."""
     bundled: dict[str, str] = field(default_factory=dict)
     """Parts that are not copied, each with the name of the equal bundled module, such as: codec codec_16khz."""
-    ranker: str | None = None
-    """Add this MuLaN or CLAP to a MusicLM, to rank candidates instead of its own MuLaN: tiny (bundled), a folder, or a
-    hub id."""
     allow_noncommercial: bool = False
     """Also export weights whose licence forbids commercial use."""
 
     def execute(self) -> int:
         """Write the model folder and print its size."""
-        from musiclm_pytorch.mulan.joint import JointEmbedding
         from musiclm_pytorch.musicgen.published import is_musicgen
         from musiclm_pytorch.pretrained.export import export_musicgen, export_musiclm
 
-        if self.onnx and (self.bundled or self.ranker):
-            raise ValueError("--onnx writes the codec and the language models; leave out --bundled and --ranker")
-        options: dict[str, Any] = {"allow_noncommercial": self.allow_noncommercial}
+        if self.onnx and self.bundled:
+            raise ValueError("--onnx writes all weights; leave out --bundled")
+        options = {"allow_noncommercial": self.allow_noncommercial}
         is_music_gen = is_musicgen(self.run, **options)
         if self.onnx:
             self._write_onnx(is_music_gen)
             return 0
-        if is_music_gen:
-            if self.ranker is not None:
-                raise ValueError(f"{self.run} is a MusicGen, which ranks no candidates; leave out --ranker")
-            num_bytes = export_musicgen(self.run, self.out, bundled=self.bundled, **options)
-        else:
-            ranker = None if self.ranker is None else JointEmbedding.from_pretrained(self.ranker, **options)
-            num_bytes = export_musiclm(self.run, self.out, bundled=self.bundled, ranker=ranker, **options)
+        export = export_musicgen if is_music_gen else export_musiclm
+        num_bytes = export(self.run, self.out, bundled=self.bundled, **options)
         print(printable(f"wrote {self.out}, {num_bytes / 1e6:.1f} MB"))
         return 0
 

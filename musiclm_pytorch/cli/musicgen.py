@@ -64,7 +64,8 @@ class TrainMusicGen(PresetOptions):
         """Train the model, and print its last validation metrics."""
         check_at_least(self, seed=0, lora_rank=1, num_workers=0)
         if self.from_model is None and (self.lora_rank is not None or self.freeze):
-            raise ValueError("--lora-rank and --freeze need --from; add the model to fine-tune")
+            option = "--freeze" if self.lora_rank is None else "--lora-rank"
+            raise ValueError(f"{option} needs --from; add the model to fine-tune, or leave out {option}")
         from musiclm_pytorch.pipeline.musicgen_presets import musicgen_preset
 
         preset = self.resolved(musicgen_preset(self.preset or "tiny"))

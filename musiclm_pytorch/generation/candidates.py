@@ -8,10 +8,8 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.resample import resample
-from audiolm_pytorch.audio.waves import check_dtype
 from audiolm_pytorch.generation.sampling import item_seeds
-from audiolm_pytorch.nn.module_state import check_positive
-from musiclm_pytorch.generation.prompts import Mixture, latents_of_prompts
+from musiclm_pytorch.generation.prompts import EmbeddedPrompt
 from musiclm_pytorch.mulan.joint import JointEmbedding
 
 __all__ = ["Candidates", "MusicChunk", "ranked", "score_candidates", "seeds_of_candidates"]
@@ -85,38 +83,26 @@ def ranked(scores: Tensor) -> Tensor:
 
 
 def score_candidates(
-    stories: Sequence[Sequence[tuple[float, Mixture]]],
-    waves: Tensor,
-    sample_hz: int,
-    mulan: JointEmbedding,
-    max_batch: int,
+    stories: Sequence[Sequence[EmbeddedPrompt]], waves: Tensor, sample_hz: int, mulan: JointEmbedding, max_batch: int
 ) -> Tensor:
-    """Score waves for the prompts that `stories_of` returned; see `MusicLM.scores`."""
-    check_positive(max_batch=max_batch)
-    check_dtype(waves, "waves")
-    if waves.ndim not in (3, 4) or len(waves) != len(stories) or not waves.numel():
-        raise ValueError(
-            "waves must be [prompts, candidates, n] or [prompts, candidates, c, n] and not empty, "
-            f"got shape {list(waves.shape)} for {len(stories)} prompts"
-        )
-    latents = latents_of_prompts(stories, mulan, sample_hz)
+    """Score waves `[prompts, candidates, n]` or `[prompts, candidates, c, n]`; see `MusicLM.scores`."""
     num_prompts, num_candidates = waves.shape[:2]
     rows = rearrange(waves if waves.ndim == 3 else waves.mean(dim=2), "p k n -> (p k) n")
     finite = torch.isfinite(rows).all(dim=1)
-    rows = resample(rows.nan_to_num(0.0, 0.0, 0.0), sample_hz, mulan.sample_hz).to(latents[0][0][1].device)
+    rows = resample(rows.nan_to_num(0.0, 0.0, 0.0), sample_hz, mulan.sample_hz).to(stories[0][0].latent.device)
     # Parts of equal position are embedded in one batch.
     latents_of_parts: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
-    for prompt, story in enumerate(latents):
-        starts = [min(round(seconds * mulan.sample_hz), rows.shape[1]) for seconds, _ in story]
-        for (_, latent), start, stop in zip(story, starts, [*starts[1:], rows.shape[1]]):
+    for prompt, story in enumerate(stories):
+        starts = [min(round(entry.seconds * mulan.sample_hz), rows.shape[1]) for entry in story]
+        for entry, start, stop in zip(story, starts, [*starts[1:], rows.shape[1]]):
             if start < stop:
-                latents_of_parts.setdefault((start, stop), []).append((prompt, latent))
+                latents_of_parts.setdefault((start, stop), []).append((prompt, entry.latent))
     scores = torch.zeros(len(rows), device=rows.device)
     for (start, stop), entries in latents_of_parts.items():
         index = torch.tensor([prompt * num_candidates + k for prompt, _ in entries for k in range(num_candidates)])
         targets = torch.stack([latent for _, latent in entries]).repeat_interleave(num_candidates, dim=0)
         parts = rows[index.to(rows.device), start:stop].split(max_batch)
-        embedded = torch.cat([mulan.get_long_audio_latents(part) for part in parts])
-        scores[index.to(rows.device)] += (embedded * targets).sum(dim=1) * ((stop - start) / rows.shape[1])
+        latents = torch.cat([mulan.get_long_audio_latents(part) for part in parts])
+        scores[index.to(rows.device)] += (latents * targets).sum(dim=1) * ((stop - start) / rows.shape[1])
     scores = scores.masked_fill(~finite.to(scores.device), torch.nan)
     return rearrange(scores, "(p k) -> p k", p=num_prompts)

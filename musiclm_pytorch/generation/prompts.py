@@ -1,7 +1,7 @@
 """Prompts of MusicLM: texts, weighted mixtures of texts and recordings, and stories, which change over time."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -17,17 +17,15 @@ from audiolm_pytorch.audio.waves import one_mono_wave
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.saving.text import printable
-from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.mulan.text_tower import report_unknown_words
 from musiclm_pytorch.quantizer.embed_quantizer import Modality, MuLaNEmbedQuantizer
 
 __all__ = [
     "MAX_COMMENT_LETTERS",
+    "EmbeddedPrompt",
     "Mixture",
     "MusicPrompt",
-    "TimedVectors",
-    "codes_of_prompts",
-    "latents_of_prompts",
+    "embed_prompts",
     "prompts_of",
     "request_comment",
     "stories_of",
@@ -68,8 +66,16 @@ Story = Sequence[tuple[float, str | Mixture]]
 MusicPrompt = str | Mixture | Story
 
 
-# Vectors of the prompts of every story, each with the time in seconds from which its prompt is used.
-TimedVectors = list[list[tuple[float, Tensor]]]
+@dataclass(frozen=True, eq=False)
+class EmbeddedPrompt:
+    """A text or mixture as codes `[q]`, which condition the stages, and as a latent `[d]` of MuLaN, which ranks music.
+
+    `seconds` is the time from which the prompt is used.
+    """
+
+    seconds: float
+    codes: Tensor
+    latent: Tensor
 
 
 def prompts_of(text: MusicPrompt | Sequence[MusicPrompt]) -> list[MusicPrompt]:
@@ -128,64 +134,37 @@ def request_comment(
     return printable(json.dumps(request, ensure_ascii=is_ascii))
 
 
-def codes_of_prompts(
+def embed_prompts(
     stories: Sequence[Sequence[tuple[float, Mixture]]], quantizer: MuLaNEmbedQuantizer, sample_hz: int
-) -> TimedVectors:
-    """Compute the codes `[q]` of the prompts that `stories_of` returned, which condition the stages.
+) -> list[list[EmbeddedPrompt]]:
+    """Embed the prompts that `stories_of` returned. `sample_hz` is the sample rate of the waves in mixtures.
 
-    `sample_hz` is the sample rate of the waves in mixtures. The vectors of a mixture are those that the quantizer
-    receives: centred, with texts mapped to audio. The result has the weighted mean of their lengths, so that mixtures
-    of different texts are not closer to the mean of all music. It is quantized with the codes of its parts alone
-    (`_codes_of_mixture`).
+    The vectors of a mixture are those that the quantizer receives: centred, with texts mapped to audio. The result has
+    the weighted mean of their lengths, so that mixtures of different texts are not closer to the mean of all music.
+    It is quantized with the codes of its parts alone (`_codes_of_mixture`).
     """
-    report_unknown_words(quantizer.mulan, _texts_in(stories))
-
-    def codes(weights: Tensor, embedded: list[tuple[Tensor, Modality]]) -> Tensor:
+    mixtures = [mixture for story in stories for _, mixture in story]
+    parts = [[(part, weight) for part, weight in mixture.parts if weight > 0] for mixture in mixtures]
+    texts = [part for mixture in parts for part, _ in mixture if isinstance(part, str)]
+    report_unknown_words(quantizer.mulan, texts)
+    text_latents = iter(quantizer.mulan.get_text_latents(texts) if texts else ())
+    codes, latents = [], []
+    for mixture in parts:
+        weights = torch.tensor([weight for _, weight in mixture], device=device_of(quantizer), dtype=torch.float32)
+        weights = weights / weights.sum()
+        embedded: list[tuple[Tensor, Modality]] = [
+            (next(text_latents), "text")
+            if isinstance(part, str)
+            else (_audio_latent(part, quantizer, sample_hz), "audio")
+            for part, _ in mixture
+        ]
         centred = torch.stack([quantizer.centred(latent, modality) for latent, modality in embedded])
         mean, lengths = weights @ centred, centred.norm(dim=-1)
         vector = mean * ((weights @ lengths) / mean.norm().clamp(min=1e-12))
-        return _codes_of_mixture(vector, quantizer.codes_from_centred(centred), quantizer.codebooks.float())
-
-    return _embedded(stories, quantizer.mulan, sample_hz, codes)
-
-
-def latents_of_prompts(
-    stories: Sequence[Sequence[tuple[float, Mixture]]], mulan: JointEmbedding, sample_hz: int
-) -> TimedVectors:
-    """Compute the latents `[d]` of the prompts that `stories_of` returned, with which music is compared."""
-
-    def latent(weights: Tensor, embedded: list[tuple[Tensor, Modality]]) -> Tensor:
-        return F.normalize(weights @ torch.stack([latent.float() for latent, _ in embedded]), dim=-1)
-
-    return _embedded(stories, mulan, sample_hz, latent)
-
-
-def _texts_in(stories: Sequence[Sequence[tuple[float, Mixture]]]) -> list[str]:
-    """All texts of mixtures with a weight above 0."""
-    mixtures = [mixture for story in stories for _, mixture in story]
-    return [part for mixture in mixtures for part, weight in mixture.parts if weight > 0 and isinstance(part, str)]
-
-
-def _embedded(
-    stories: Sequence[Sequence[tuple[float, Mixture]]],
-    mulan: JointEmbedding,
-    sample_hz: int,
-    combine: Callable[[Tensor, list[tuple[Tensor, Modality]]], Tensor],
-) -> TimedVectors:
-    """Embed the parts of each mixture, and combine them; `combine` receives weights that sum to 1, and latents."""
-    texts = _texts_in(stories)
-    text_latents = iter(mulan.get_text_latents(texts) if texts else ())
-
-    def vector(mixture: Mixture) -> Tensor:
-        parts = [(part, weight) for part, weight in mixture.parts if weight > 0]
-        weights = torch.tensor([weight for _, weight in parts], device=device_of(mulan), dtype=torch.float32)
-        embedded: list[tuple[Tensor, Modality]] = [
-            (next(text_latents), "text") if isinstance(part, str) else (_audio_latent(part, mulan, sample_hz), "audio")
-            for part, _ in parts
-        ]
-        return combine(weights / weights.sum(), embedded)
-
-    return [[(seconds, vector(mixture)) for seconds, mixture in story] for story in stories]
+        codes.append(_codes_of_mixture(vector, quantizer.codes_from_centred(centred), quantizer.codebooks.float()))
+        latents.append(F.normalize(weights @ torch.stack([latent.float() for latent, _ in embedded]), dim=-1))
+    prompts = iter(zip(codes, latents))
+    return [[EmbeddedPrompt(seconds, *next(prompts)) for seconds, _ in story] for story in stories]
 
 
 def _codes_of_mixture(vector: Tensor, part_codes: Tensor, codebooks: Tensor) -> Tensor:
@@ -223,8 +202,8 @@ def _story_of(prompt: MusicPrompt) -> list[tuple[float, Mixture]]:
     return list(zip(times, mixtures))
 
 
-def _audio_latent(part: Path | Tensor, mulan: JointEmbedding, sample_hz: int) -> Tensor:
+def _audio_latent(part: Path | Tensor, quantizer: MuLaNEmbedQuantizer, sample_hz: int) -> Tensor:
     """Embed a recording as a latent `[d]`."""
     wave, wave_hz = (part, sample_hz) if isinstance(part, Tensor) else read_audio(part)
-    wave = resample(one_mono_wave(wave, name="the recording"), wave_hz, mulan.sample_hz)
-    return mulan.get_long_audio_latents(wave.to(device_of(mulan)))[0]
+    wave = resample(one_mono_wave(wave, name="the recording"), wave_hz, quantizer.sample_hz)
+    return quantizer.mulan.get_long_audio_latents(wave.to(device_of(quantizer)))[0]

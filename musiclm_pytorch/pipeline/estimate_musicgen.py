@@ -30,6 +30,7 @@ from musiclm_pytorch.pipeline.estimate import (
     step_function,
     training_memory,
 )
+from musiclm_pytorch.pipeline.musicgen import trained_modules
 from musiclm_pytorch.pipeline.musicgen_presets import MusicGenPreset
 from musiclm_pytorch.pipeline.trainers import NUM_VALIDATIONS
 
@@ -60,13 +61,15 @@ def estimate_musicgen(
     of `depth` blocks (None = those of the model), of which only models with one and two blocks are built.
     """
     check_assumed(assumed)
+    if assumed is not None and freeze:
+        raise ValueError(f"freeze={list(freeze)} is estimated only on this machine; leave out freeze or {assumed}")
     with preserve_rng():
         options = preset, items, assumed, num_processes
         rows = [] if preset.mix_prob > 0 else [_Probe(model, *options).tokens()]
         if assumed is None:
             rows.append(_Probe(model, *options).training(lora_rank, freeze))
         else:
-            one, two = (_Probe(_with_depth(model, number), *options).training(lora_rank, freeze) for number in (1, 2))
+            one, two = (_Probe(_with_depth(model, number), *options).training(lora_rank) for number in (1, 2))
             rows.append(extrapolated(one, two, depth or model.transformer.config["depth"]))
     return estimate_table(rows, items, model.device, assumed, {})
 
@@ -109,14 +112,12 @@ class _Probe:
     def training(self, lora_rank: int | None, freeze: Sequence[str] = ()) -> StepEstimate:
         """Estimate the cost of the training; a step takes a time in proportion to the rows of its crops."""
         model, run = self.model, self.preset.run
-        text = model.text_conditioner
-        trains_text = text is not None and any(weight.requires_grad for weight in text.parameters())
-        trained = [model.transformer, *([text] if text is not None and trains_text else [])]
+        trained = trained_modules(model)
         if lora_rank is not None:
             LoRA(model.transformer, lora_rank)
-            trained = [model.transformer]
-        with frozen_parameters(nn.ModuleList(trained), freeze):
-            parameters = [weight for module in trained for weight in module.parameters() if weight.requires_grad]
+            trained = nn.ModuleDict({"transformer": model.transformer})
+        with frozen_parameters(trained, freeze):
+            parameters = [weight for weight in trained.parameters() if weight.requires_grad]
         limit = min(run.batch_size, MAX_CROPS)
         step = step_function(parameters, self._loss, run, model.device)
         num_crops = run.num_train_steps * run.batch_size * run.grad_accum_every
@@ -128,7 +129,7 @@ class _Probe:
         at_once = run.batch_size * rows / crop_rows
         memory = training_memory(num_parameters, self._loss, run, model.device, at_once, self.num_processes)
         frozen_bytes = num_bytes(model) - 4 * num_parameters
-        trained_bytes = num_parameters * _CHECKPOINT_BYTES + 2 * sum(map(num_bytes, trained))
+        trained_bytes = num_parameters * _CHECKPOINT_BYTES + 2 * num_bytes(trained)
         return StepEstimate(
             "musicgen",
             num_parameters,

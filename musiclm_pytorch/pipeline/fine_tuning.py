@@ -63,17 +63,11 @@ class FineTuning:
         return copy.deepcopy(self.trained.get(step))
 
     @property
-    def kept(self) -> dict[str, nn.Module]:
-        """Parts of a MusicLM that no step uses, by their names in the new model."""
-        ranker = getattr(self.model, "ranker", None)
-        return {} if ranker is None else {"ranker": ranker}
-
-    @property
     def facts(self) -> dict[str, Any]:
         """Entry of the settings of a run, which must not change when the run continues; empty without a model."""
         if self.model is None:
             return {}
-        parts = {name: part_fingerprint(part) for name, part in (self.trained | self.unchanged | self.kept).items()}
+        parts = {name: part_fingerprint(part) for name, part in (self.trained | self.unchanged).items()}
         return {"start": {"parts": parts, "lora_rank": self.lora_rank, "freeze": list(self.freeze)}}
 
     @property

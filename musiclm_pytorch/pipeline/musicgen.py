@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs import Codec
@@ -19,6 +20,7 @@ from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.training import inverse_square_root
 from audiolm_pytorch.training.distributed import create_accelerator
+from audiolm_pytorch.training.freezing import frozen_parameters
 from audiolm_pytorch.training.rng import seed_rng
 from musiclm_pytorch.mulan import TextTransformer
 from musiclm_pytorch.musicgen.augmentation import Mixing, TextAugmentation
@@ -33,7 +35,7 @@ from musiclm_pytorch.pipeline.trainers import loop_settings
 if TYPE_CHECKING:
     import accelerate
 
-__all__ = ["build_musicgen", "musicgen_trainer"]
+__all__ = ["build_musicgen", "musicgen_trainer", "trained_modules"]
 
 _TOKENS_FOLDER = "tokens"
 # The small text encoder that is trained with a new model.
@@ -79,6 +81,15 @@ def build_musicgen(
 
 
 @typed
+def trained_modules(model: MusicGen) -> nn.ModuleDict:
+    """Return the modules that a training of all weights changes, by their names in the trainer."""
+    text, modules = model.text_conditioner, nn.ModuleDict({"transformer": model.transformer})
+    if text is not None and any(weight.requires_grad for weight in text.parameters()):
+        modules["text"] = text
+    return modules
+
+
+@typed
 def musicgen_trainer(
     preset: MusicGenPreset,
     model: MusicGen,
@@ -106,6 +117,9 @@ def musicgen_trainer(
         num_workers: Worker processes that load batches, see `LoopSettings`. The result does not depend on it.
     """
     out, accelerator = Path(out), accelerator or create_accelerator()
+    if lora_rank is None:
+        with frozen_parameters(trained_modules(model), freeze):
+            pass  # wrong names are found before the tokens are computed
     data: dict[str, Any] = {}
     if model.text_conditioner is not None:
         data["augment_text"] = TextAugmentation(word_dropout=preset.word_dropout, merge_prob=preset.merge_prob)

@@ -415,7 +415,7 @@ class Pipeline:
             parts = {
                 name: self._load(step, PARTS[name]) if self.is_done(step) else self.start.copy_of(step)
                 for name, step in ((name, step.replace("_", "-")) for name, step in trained.items())
-            } | self.start.kept
+            }
             if "melody" in steps:
                 parts["melody"] = self._load("melody", MelodyEmbedder)
             elif "melody" in self.pretrained:

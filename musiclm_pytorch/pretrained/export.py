@@ -11,7 +11,6 @@ from audiolm_pytorch.saving.model_folder import CARD_MARKS
 from audiolm_pytorch.saving.ownership import check_folder_owner
 from audiolm_pytorch.saving.sharing import card_text, write_card
 from audiolm_pytorch.saving.sources import licence_of
-from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.musicgen import published
 from musiclm_pytorch.musicgen.musicgen import MusicGen
 from musiclm_pytorch.musiclm import MusicLM
@@ -27,7 +26,6 @@ def export_musiclm(
     settings: Mapping[str, Any] | None = None,
     *,
     bundled: Mapping[str, str] | None = None,
-    ranker: JointEmbedding | None = None,
     allow_noncommercial: bool = False,
 ) -> int:
     """Copy the model of the training run or model folder `run` to `out` with fp16 weights; return its size in bytes.
@@ -35,12 +33,11 @@ def export_musiclm(
     The folder `out` must be new or empty, or contain a model, which is then replaced. `settings` are fields of
     `musiclm.json`, for example `{"num_levels": 2}` or `{"sampling": {"coarse": {"temperature": 0.8}}}`. `bundled`
     lists parts that are not copied, with the names of equal bundled modules, for example `{"codec": "codec_16khz"}`.
-    `ranker` is added to the model, or replaces its ranker. The new card has the licence of the card of `run`.
+    The new card has the licence of the card of `run`.
     """
     folder, out = MusicLM.find(run, allow_noncommercial=allow_noncommercial), Path(out)
     check_folder_owner(out, {CARD: CARD_MARKS}, "a model")
     card, parts = read_parts(folder)
-    parts |= {} if ranker is None else {"ranker": ranker}
     card.update({**(settings or {}), "weights": "float16"})
     text = card_text(MusicLM.of_parts(parts, card, folder), licence_of(folder, run))
     about = {key: value for key, value in card.items() if key not in ("format_version", "parts", "bundled_parts")}

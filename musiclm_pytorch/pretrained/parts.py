@@ -21,7 +21,6 @@ from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, Semant
 from audiolm_pytorch.saving.model_folder import read_model_folder, write_model_folder
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from musiclm_pytorch.melody.embedder import MelodyEmbedder
-from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
 __all__ = ["CARD", "PARTS", "read_parts", "save_parts"]
@@ -36,8 +35,8 @@ PARTS: dict[str, Any] = {
     "coarse": CoarseTransformer,
     "fine": FineTransformer,
 }
-_KINDS = {**PARTS, "text_conditioner": TextEncoder, "melody": MelodyEmbedder, "ranker": JointEmbedding}
-_OPTIONAL = {"fine", "text_conditioner", "melody", "ranker"}
+_KINDS = {**PARTS, "text_conditioner": TextEncoder, "melody": MelodyEmbedder}
+_OPTIONAL = {"fine", "text_conditioner", "melody"}
 # Parts whose fingerprints the stages store, with their submodules that may be rounded. The fingerprint of a quantizer
 # does not include the conditioning tables, which are trained with the stages.
 _FINGERPRINTED: dict[str, tuple[str, ...]] = {

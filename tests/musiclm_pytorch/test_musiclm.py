@@ -97,22 +97,6 @@ def test_the_best_candidate_of_a_text_is_returned(musiclm: MusicLM) -> None:
         assert _pitches(music) == [PITCHES_HZ[index]]
 
 
-def test_a_ranker_replaces_the_mulan_that_conditions_the_stages(musiclm: MusicLM, trained: MuLaN) -> None:
-    """The codes are those of an untrained MuLaN, the scores those of the ranker; both are in the state once."""
-    quantizer = copy.deepcopy(musiclm.mulan_embed_quantizer)
-    quantizer.mulan.load_state_dict(tiny_mulan().state_dict())
-    options = {"num_samples": 4, "seconds": 0.4, "seed": 0, "return_all": True}
-    plain = MusicLM(audio_lm=FakeAudioLM(), mulan_embed_quantizer=quantizer)
-    ranking = MusicLM(audio_lm=FakeAudioLM(), mulan_embed_quantizer=quantizer, ranker=trained)
-    first, second = plain(TEXTS, **options), ranking(TEXTS, **options)
-    assert torch.equal(first.waves, second.waves)
-    assert torch.equal(second.scores, musiclm.scores(TEXTS, second.waves))
-    assert not torch.equal(second.scores, plain.scores(TEXTS, second.waves))
-    assert _pitches(second.best) == list(PITCHES_HZ)
-    added = ranking.state_dict().keys() - plain.state_dict().keys()
-    assert added == {f"ranker.{name}" for name in trained.state_dict()}
-
-
 def test_scores_equal_a_naive_loop(musiclm: MusicLM, trained: MuLaN) -> None:
     """Each candidate is resampled to the rate of MuLaN and scored alone; the order follows the scores."""
     result = musiclm(TEXTS[:2], num_samples=3, seconds=0.4, seed=5, return_all=True)

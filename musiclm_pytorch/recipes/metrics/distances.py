@@ -12,6 +12,7 @@ import numpy as np
 import tyro
 
 from audiolm_pytorch.data.manifest import AudioItem, load_items
+from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from audiolm_pytorch.saving.text import logger_named
 from musiclm_pytorch.evaluation.clips import load_clips
@@ -63,8 +64,8 @@ def measure_distances(
         items: Held-out clips with captions.
         num_samples: Number of candidates per caption; the best one and the first one are measured.
     """
-    joint = JointEmbedder(next(iter(models.values())).mulan_embed_quantizer.mulan, "MuLan")
-    musicnn = MusicNNExtractor(bundled_musicnn())
+    judge = next(iter(models.values())).mulan_embed_quantizer
+    joint, musicnn = JointEmbedder(judge.mulan, "MuLan"), MusicNNExtractor(bundled_musicnn().to(device_of(judge)))
     metrics = [kind(embedder) for embedder in (musicnn, joint) for kind in (FrechetDistance, KernelDistance)]
     clips = CaptionedClips("held-out", [], list(items))
     real = clips.real([musicnn, joint], seconds)
@@ -80,7 +81,8 @@ def measure_distances(
         logger.info("%s: generating from %d captions, %d candidates each", name, len(items), num_samples)
         made = from_captions(model, clips.captions, seconds, num_samples, seed, batch_size)
         best.append(clips.generated(f"{name}, N = {num_samples}", made.best, model.sample_hz, [musicnn, joint]))
-        first.append(clips.generated(f"{name}, N = 1", made.first, model.sample_hz, [musicnn, joint]))
+        if num_samples > 1:
+            first.append(clips.generated(f"{name}, N = 1", made.first, model.sample_hz, [musicnn, joint]))
     values, _ = evaluate(metrics, [*copies.values(), *best, *first], real)
     pairs = [(sets[0], other) for sets in (best, first) for other in sets[1:]]
     return [*values, *(distance_difference(metric, *pair, real) for metric in metrics for pair in pairs)]
@@ -100,7 +102,7 @@ def main(
 
     Args:
         models: Folders of MusicLMs, or names of bundled ones; the first one is compared with the others.
-        held_out: Folder or manifest of clips with captions that no model was trained on.
+        held_out: Manifest of clips with captions that no model was trained on, or a folder with it as valid.jsonl.
         out: JSON file for the values; the table is written to a file with the suffix .md.
         limit: Largest number of clips; they are drawn evenly from the manifest.
         seconds: Length of the clips and generations.
@@ -109,9 +111,15 @@ def main(
         device: Device on which the models run.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    known = [item for item in load_items(held_out).items if item.caption]
-    if len(known) < 4:
-        raise ValueError(f"{held_out} has {len(known)} clips with captions, and at least 4 are needed; add captions")
+    if not models or len(set(models)) < len(models):
+        raise ValueError(f"--models needs one name or several different ones, got {list(models)}")
+    manifest = held_out / "valid.jsonl" if held_out.is_dir() else held_out
+    known = [item for item in load_items(manifest).items if item.caption]
+    if min(limit, len(known)) < 4:
+        raise ValueError(
+            f"at least 4 clips with captions are needed, got {len(known)} in {manifest} and --limit {limit}; "
+            "add clips, or raise the limit"
+        )
     items = [known[row] for row in np.linspace(0, len(known) - 1, min(limit, len(known))).round().astype(int)]
     loaded = {name: MusicLM.from_pretrained(name, device=device) for name in models}
     values = measure_distances(loaded, items, seconds, num_samples, seed)

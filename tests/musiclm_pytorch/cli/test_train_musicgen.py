@@ -63,8 +63,8 @@ negative workers | train musicgen --data DATA --out TMP/out --num-workers -1 | -
 missing data | train musicgen --data TMP/none --out TMP/out | TMP/none: no such folder or manifest
 zero batch | train musicgen --data DATA --out TMP/out --run.batch-size 0 | batch_size is 0; it must be 1 or more
 zero rank | train musicgen --data DATA --out TMP/out --from X --lora-rank 0 | --lora-rank must be at least 1
-rank without a model | train musicgen --data DATA --out TMP/out --lora-rank 2 | --lora-rank and --freeze need --from
-frozen without a model | train musicgen --data DATA --out TMP/out --freeze heads | --lora-rank and --freeze need --from
+rank without a model | train musicgen --data DATA --out TMP/out --lora-rank 2 | --lora-rank needs --from
+frozen without a model | train musicgen --data DATA --out TMP/out --freeze heads | --freeze needs --from
 no probability | train musicgen --data DATA --out TMP/out --mix-prob NaN | mix_prob must be a number, got NaN
 zero rate | train musicgen --data DATA --out TMP/out --run.learning-rate 0 | learning_rate is 0; it must be above 0
 zero seconds | train musicgen --data DATA --out TMP/out --run.seconds 0 | seconds is 0; it must be above 0
@@ -137,8 +137,15 @@ def test_fine_tuning(train, tmp_path: Path, capsys) -> None:
     changed = {name for name, value in weights(tmp_path / "frozen").items() if not torch.equal(value, base[name])}
     assert "heads.1.weight" in changed
     assert not changed & {"embedding.weight", "heads.0.weight", "tower.embedding.weight"}
-    assert train("dry", "--from", tmp_path / "base", "--freeze", "embedding", "heads.3", "--dry-run", codec=False) == 2
-    assert "no trainable parameter has the name 'heads.3'" in capsys.readouterr().err
+    for words in ((), ("--dry-run",)):
+        assert train("wrong", "--from", tmp_path / "base", "--freeze", "heads.3", *words, codec=False) == 2
+        assert "no trainable parameter has the name 'heads.3'" in capsys.readouterr().err
+    assert not (tmp_path / "wrong" / "tokens").exists()
+    words = ("--freeze", "transformer", "--dry-run")
+    assert train("dry", "--from", tmp_path / "base", *words, codec=False) == 0
+    assert "musicgen" in capsys.readouterr().out
+    assert train("dry", "--from", tmp_path / "base", *words[:2], "--dry-run-device", "a100", codec=False) == 2
+    assert "is estimated only on this machine" in capsys.readouterr().err
     assert train("lora", "--from", tmp_path / "base", "--lora-rank", 2, "--mix-prob", 0.5, codec=False) == 0
     lora = weights(tmp_path / "lora")
     changed = {name for name, value in lora.items() if not torch.equal(value, base[name])}

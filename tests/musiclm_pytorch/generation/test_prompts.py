@@ -10,7 +10,7 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.files import peak_safe, write_audio
 from audiolm_pytorch.generation.request import GeneratedAudio
-from musiclm_pytorch.generation.prompts import Mixture, codes_of_prompts, latents_of_prompts, stories_of
+from musiclm_pytorch.generation.prompts import Mixture, embed_prompts, stories_of
 from musiclm_pytorch.musiclm import MusicLM
 from tests.helpers.alive_tensors import AliveTensors
 from tests.helpers.fakes import SAMPLE_HZ
@@ -46,8 +46,8 @@ def with_melody() -> MusicLM:
 
 def codes_of(musiclm: MusicLM, prompt: Any) -> Tensor:
     """Codes of a text or mixture."""
-    (((_, codes),),) = codes_of_prompts(stories_of([prompt]), musiclm.mulan_embed_quantizer, SAMPLE_HZ)
-    return codes
+    ((entry,),) = embed_prompts(stories_of([prompt]), musiclm.mulan_embed_quantizer, SAMPLE_HZ)
+    return entry.codes
 
 
 def tokens_of(musiclm: MusicLM, text: Any, seconds: float, **options: Any) -> GeneratedAudio:
@@ -73,14 +73,11 @@ def test_a_recording_in_a_mixture_has_the_codes_of_its_audio(musiclm: MusicLM, t
     quantizer = musiclm.mulan_embed_quantizer
     wave = torch.rand(2 * quantizer.sample_hz) - 0.5
     write_audio(tmp_path / "x.wav", wave, quantizer.sample_hz)
-    story = stories_of([Mixture([(wave, 1), (LOW, 0)])])
-    (((_, codes),),) = codes_of_prompts(story, quantizer, sample_hz=quantizer.sample_hz)
-    assert torch.equal(codes, quantizer.codes(wavs=wave[None])[0])
-    (((_, latent),),) = latents_of_prompts(story, quantizer.mulan, sample_hz=quantizer.sample_hz)
-    torch.testing.assert_close(latent, quantizer.mulan.get_long_audio_latents(wave[None])[0])
-    story_of_file = stories_of([Mixture([(tmp_path / "x.wav", 1)])])
-    (((_, of_file),),) = latents_of_prompts(story_of_file, quantizer.mulan, SAMPLE_HZ)
-    torch.testing.assert_close(of_file, latent, atol=0.01, rtol=0)
+    ((entry,),) = embed_prompts(stories_of([Mixture([(wave, 1), (LOW, 0)])]), quantizer, sample_hz=quantizer.sample_hz)
+    assert torch.equal(entry.codes, quantizer.codes(wavs=wave[None])[0])
+    torch.testing.assert_close(entry.latent, quantizer.mulan.get_long_audio_latents(wave[None])[0])
+    ((of_file,),) = embed_prompts(stories_of([Mixture([(tmp_path / "x.wav", 1)])]), quantizer, SAMPLE_HZ)
+    torch.testing.assert_close(of_file.latent, entry.latent, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(2, 800), (2, 1, 800), (1, 2, 800)])
@@ -95,8 +92,8 @@ def test_weights_move_a_mixture_from_one_part_to_the_other(musiclm: MusicLM) -> 
     """The similarity to one text falls and that to the other rises with the weight; halfway, they are equal."""
     quantizer = musiclm.mulan_embed_quantizer
     mixtures = [Mixture([(LOW, 1 - weight / 8), (HIGH, weight / 8)]) for weight in range(9)]
-    entries = latents_of_prompts(stories_of(mixtures), quantizer.mulan, SAMPLE_HZ)
-    similarities = torch.stack([latent for ((_, latent),) in entries]) @ quantizer.mulan.get_text_latents([LOW, HIGH]).T
+    entries = embed_prompts(stories_of(mixtures), quantizer, SAMPLE_HZ)
+    similarities = torch.stack([entry.latent for (entry,) in entries]) @ quantizer.mulan.get_text_latents([LOW, HIGH]).T
     assert (similarities.diff(dim=0)[:, 0] < 0).all() and (similarities.diff(dim=0)[:, 1] > 0).all()
     torch.testing.assert_close(similarities[4, 0], similarities[4, 1])
 

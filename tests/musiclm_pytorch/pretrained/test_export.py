@@ -15,7 +15,6 @@ from audiolm_pytorch.semantic.pretrained import open_encoder
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.pretrained.export import export_musiclm
 from musiclm_pytorch.pretrained.parts import PARTS
-from tests.helpers.tiny_mulan import tiny_mulan
 
 SETTINGS = {
     "sampling": {"semantic": {"temperature": 0.7, "top_k": 5}, "coarse": {"guidance_scale": 2.0}},
@@ -46,29 +45,6 @@ def test_exported_model_generates_the_same(micro_run, tmp_path):
     ours = MusicLM.from_pretrained(micro_run / "model")("a low tone", **REQUEST)
     shipped = MusicLM.from_pretrained(tmp_path / "shipped")("a low tone", **REQUEST)
     assert torch.equal(ours.waves, shipped.waves) and torch.equal(ours.scores, shipped.scores)
-
-
-@pytest.mark.slow
-def test_an_exported_ranker_ranks_and_stays_in_models_that_are_trained_further(
-    micro_run, micro_data, model, tmp_path, musiclm_command, capsys
-):
-    """The waves are those of the model, the scores those of the ranker, also after one more stage was trained."""
-    other = tiny_mulan(dim_latent=24)
-    save_module(other, tmp_path / "mulan")
-    words = ("export", "--run", model, "--out", tmp_path / "ranked", "--ranker", tmp_path / "mulan")
-    assert musiclm_command(*words) == 0
-    plain, ranked = MusicLM.from_pretrained(model), MusicLM.from_pretrained(tmp_path / "ranked")
-    ours, theirs = plain("a low tone", **REQUEST), ranked("a low tone", **REQUEST)
-    assert torch.equal(ours.waves, theirs.waves) and not torch.equal(ours.scores, theirs.scores)
-    plain.ranker = other.half().float()
-    torch.testing.assert_close(plain.scores(["a low tone"], theirs.waves), theirs.scores, atol=1e-3, rtol=0)
-    options = ("--preset", "micro", "--data", micro_data, "--out", tmp_path / "run", "--from", tmp_path / "ranked")
-    assert musiclm_command("train", "fine", *options) == 0
-    again = MusicLM.from_pretrained(tmp_path / "run" / "model")
-    kept, first = again.ranker.state_dict(), ranked.ranker.state_dict()
-    assert all(torch.equal(kept[name], tensor) for name, tensor in first.items())
-    assert musiclm_command(*words, "--onnx") == 2
-    assert "leave out --bundled and --ranker" in capsys.readouterr().err
 
 
 def test_trained_conditioning_tables_are_in_the_model(micro_run):

@@ -54,15 +54,17 @@ def test_command_measures_two_models_on_the_same_clips(tmp_path, capsys):
         wave = 0.2 * torch.sin(torch.arange(64_000) * (0.05 + 0.02 * number))[None]
         write_audio(tmp_path / f"{number}.wav", wave, 16_000)
         rows.append(json.dumps({"audio": f"{number}.wav", "caption": "a slow waltz on the flute"}))
-    (tmp_path / "clips.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (tmp_path / "train.jsonl").write_text("no manifest", encoding="utf-8")
+    (tmp_path / "valid.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     MusicLM.from_pretrained("tiny").save_pretrained(tmp_path / "same")
-    main(("tiny", str(tmp_path / "same")), tmp_path / "clips.jsonl", tmp_path / "out.json", seconds=4.0, num_samples=1)
+    main(("tiny", str(tmp_path / "same")), tmp_path, tmp_path / "out.json", seconds=4.0, num_samples=1)
     table = capsys.readouterr().out
     assert "codec copies of tiny" in table and "two halves" in table
     report = json.loads((tmp_path / "out.json").read_text())
     assert len(set(report["settings"]["models"].values())) == 1
     differences = [value for value in report["metrics"] if " minus " in value["name"]]
-    assert len(differences) == 8 and not any(value["value"] for value in differences)
-    with pytest.raises(ValueError, match="has 2 clips with captions, and at least 4"):
-        (tmp_path / "few.jsonl").write_text("\n".join(rows[:2]) + "\n", encoding="utf-8")
-        main(("tiny",), tmp_path / "few.jsonl")
+    assert len(differences) == 4 and not any(value["value"] for value in differences)
+    with pytest.raises(ValueError, match="at least 4 clips with captions are needed, got 4 in .* and --limit 3"):
+        main(("tiny",), tmp_path / "valid.jsonl", limit=3)
+    with pytest.raises(ValueError, match="several different ones, got .'tiny', 'tiny'."):
+        main(("tiny", "tiny"), tmp_path)
