@@ -149,7 +149,7 @@ def _accuracies(model: MusicLM, classifier: AttributeClassifier, instruments: di
 def main(
     out: Path,
     model: str = "tiny",
-    instrument: str = "banjo",
+    instrument: str = "sitar",
     soundfont: str = "MuseScore General",
     lora_rank: int = 16,
     new_generations: int = 60,
