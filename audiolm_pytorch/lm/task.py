@@ -20,7 +20,7 @@ from audiolm_pytorch.training import LossOutput, Phase
 from audiolm_pytorch.training.distributed import map_over_processes, to_device
 from audiolm_pytorch.training.samples import Sample
 
-__all__ = ["StageObjective", "StageTask", "chance_losses"]
+__all__ = ["StageObjective", "StageTask", "chance_losses", "trained_modules"]
 
 logger = logger_named(__name__)
 
@@ -59,6 +59,21 @@ class StageObjective:
         check_shares(**{name: value for name, value in vars(self).items() if name != "level_weights"})
         if not all(weight > 0 for weight in self.level_weights):
             raise ValueError(f"level_weights must be positive numbers, got {self.level_weights}")
+
+
+def trained_modules(
+    transformer: StageTransformer, text_conditioner: nn.Module | None, table: nn.Module | None = None
+) -> nn.ModuleDict:
+    """Return the modules that the training of a stage changes, by the names that begin those of their parameters.
+
+    The text encoder is trained if one of its parameters requires gradients.
+    """
+    modules = nn.ModuleDict({"transformer": transformer})
+    if table is not None:
+        modules["condition"] = table
+    if text_conditioner is not None and any(weight.requires_grad for weight in text_conditioner.parameters()):
+        modules["text"] = text_conditioner
+    return modules
 
 
 class StageTask:
@@ -112,15 +127,9 @@ class StageTask:
         if len(objective.level_weights) not in (0, num_levels):
             raise ValueError(f"level_weights needs {num_levels} numbers, got {objective.level_weights}")
         self.name = f"{transformer.namespace} transformer"
-        parts: dict[str, nn.Module] = {"transformer": transformer}
-        if audio_conditioner is not None:
-            parts["condition"] = audio_conditioner.table(transformer.namespace)
-        self.trains_text = text_conditioner is not None and any(
-            parameter.requires_grad for parameter in text_conditioner.parameters()
-        )
-        if text_conditioner is not None and self.trains_text:
-            parts["text"] = text_conditioner
-        self.module = nn.ModuleDict(parts)
+        table = None if audio_conditioner is None else audio_conditioner.table(transformer.namespace)
+        self.module = trained_modules(transformer, text_conditioner, table)
+        self.trains_text = "text" in self.module
         # a batch without captions does not call the text encoder
         optional = () if text_conditioner is None else (text_conditioner,)
         self.phases = (Phase(transformer.namespace, (self.module,), self.loss, optional=optional),)

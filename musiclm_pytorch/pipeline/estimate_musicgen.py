@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from math import inf
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.data.manifest import AudioItem, captions_of
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
-from audiolm_pytorch.lm.task import chance_losses
+from audiolm_pytorch.lm.task import chance_losses, trained_modules
 from audiolm_pytorch.nn.lora import LoRA
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.training.freezing import frozen_parameters
@@ -30,7 +30,6 @@ from musiclm_pytorch.pipeline.estimate import (
     step_function,
     training_memory,
 )
-from musiclm_pytorch.pipeline.musicgen import trained_modules
 from musiclm_pytorch.pipeline.musicgen_presets import MusicGenPreset
 from musiclm_pytorch.pipeline.trainers import NUM_VALIDATIONS
 
@@ -112,10 +111,9 @@ class _Probe:
     def training(self, lora_rank: int | None, freeze: Sequence[str] = ()) -> StepEstimate:
         """Estimate the cost of the training; a step takes a time in proportion to the rows of its crops."""
         model, run = self.model, self.preset.run
-        trained = trained_modules(model)
         if lora_rank is not None:
             LoRA(model.transformer, lora_rank)
-            trained = nn.ModuleDict({"transformer": model.transformer})
+        trained = trained_modules(model.transformer, model.text_conditioner if lora_rank is None else None)
         with frozen_parameters(trained, freeze):
             parameters = [weight for weight in trained.parameters() if weight.requires_grad]
         limit = min(run.batch_size, MAX_CROPS)

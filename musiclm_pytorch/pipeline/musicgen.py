@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from audiolm_pytorch.checks.types import typed
 from audiolm_pytorch.codecs import Codec
@@ -17,6 +16,7 @@ from audiolm_pytorch.conditioning.base import TextEncoder
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.data.items import items_digest
 from audiolm_pytorch.data.manifest import AudioItem
+from audiolm_pytorch.lm.task import trained_modules
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.training import inverse_square_root
 from audiolm_pytorch.training.distributed import create_accelerator
@@ -35,7 +35,7 @@ from musiclm_pytorch.pipeline.trainers import loop_settings
 if TYPE_CHECKING:
     import accelerate
 
-__all__ = ["build_musicgen", "musicgen_trainer", "trained_modules"]
+__all__ = ["build_musicgen", "musicgen_trainer"]
 
 _TOKENS_FOLDER = "tokens"
 # The small text encoder that is trained with a new model.
@@ -81,15 +81,6 @@ def build_musicgen(
 
 
 @typed
-def trained_modules(model: MusicGen) -> nn.ModuleDict:
-    """Return the modules that a training of all weights changes, by their names in the trainer."""
-    text, modules = model.text_conditioner, nn.ModuleDict({"transformer": model.transformer})
-    if text is not None and any(weight.requires_grad for weight in text.parameters()):
-        modules["text"] = text
-    return modules
-
-
-@typed
 def musicgen_trainer(
     preset: MusicGenPreset,
     model: MusicGen,
@@ -118,7 +109,7 @@ def musicgen_trainer(
     """
     out, accelerator = Path(out), accelerator or create_accelerator()
     if lora_rank is None:
-        with frozen_parameters(trained_modules(model), freeze):
+        with frozen_parameters(trained_modules(model.transformer, model.text_conditioner), freeze):
             pass  # wrong names are found before the tokens are computed
     data: dict[str, Any] = {}
     if model.text_conditioner is not None:
