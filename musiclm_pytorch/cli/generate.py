@@ -219,18 +219,24 @@ class Generate(ModelOptions):
             return self.continue_from, None
         from audiolm_pytorch.audio.files import read_audio
 
-        wave, sample_hz = read_audio(self.continue_from, channels=None)
-        return wave[None, :, -max(1, round(self.continue_seconds * sample_hz)) :], sample_hz
+        info = self._recording_info
+        start = max(0, info.num_samples - max(1, round(self.continue_seconds * info.sample_hz)))
+        wave, sample_hz = read_audio(self.continue_from, channels=None, start_seconds=start / info.sample_hz)
+        return wave[None], sample_hz
 
     @property
     def prompt_seconds(self) -> float:
         """The length of the part of the recording that is continued."""
         if self.continue_from is None:
             return 0.0
+        info = self._recording_info
+        return min(info.num_samples / info.sample_hz, self.continue_seconds or inf)
+
+    @property
+    def _recording_info(self) -> Any:
         from audiolm_pytorch.audio.stream import AudioSource
 
-        recording = AudioSource(self.continue_from).info
-        return min(recording.num_samples / recording.sample_hz, self.continue_seconds or inf)
+        return AudioSource(self.continue_from).info
 
     @property
     def _sampling(self) -> dict[str, float]:
