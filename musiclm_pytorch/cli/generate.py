@@ -218,8 +218,9 @@ class Generate(ModelOptions):
         if self.continue_from is None or self.continue_seconds is None:
             return self.continue_from, None
         from audiolm_pytorch.audio.files import read_audio
+        from audiolm_pytorch.audio.stream import AudioSource
 
-        info = self._recording_info
+        info = AudioSource(self.continue_from).info
         start = max(0, info.num_samples - max(1, round(self.continue_seconds * info.sample_hz)))
         wave, sample_hz = read_audio(self.continue_from, channels=None, start_seconds=start / info.sample_hz)
         return wave[None], sample_hz
@@ -229,14 +230,10 @@ class Generate(ModelOptions):
         """The length of the part of the recording that is continued."""
         if self.continue_from is None:
             return 0.0
-        info = self._recording_info
-        return min(info.num_samples / info.sample_hz, self.continue_seconds or inf)
-
-    @property
-    def _recording_info(self) -> Any:
         from audiolm_pytorch.audio.stream import AudioSource
 
-        return AudioSource(self.continue_from).info
+        info = AudioSource(self.continue_from).info
+        return min(info.num_samples / info.sample_hz, self.continue_seconds or inf)
 
     @property
     def _sampling(self) -> dict[str, float]:
