@@ -218,12 +218,9 @@ class Generate(ModelOptions):
         if self.continue_from is None or self.continue_seconds is None:
             return self.continue_from, None
         from audiolm_pytorch.audio.files import read_audio
-        from audiolm_pytorch.audio.stream import AudioSource
 
-        info = AudioSource(self.continue_from).info
-        start = max(0, info.num_samples - max(1, round(self.continue_seconds * info.sample_hz)))
-        wave, sample_hz = read_audio(self.continue_from, channels=None, start_seconds=start / info.sample_hz)
-        return wave[None], sample_hz
+        wave, sample_hz = read_audio(self.continue_from, channels=None)
+        return wave[None, :, -max(1, round(self.continue_seconds * sample_hz)) :], sample_hz
 
     @property
     def prompt_seconds(self) -> float:
@@ -232,8 +229,8 @@ class Generate(ModelOptions):
             return 0.0
         from audiolm_pytorch.audio.stream import AudioSource
 
-        info = AudioSource(self.continue_from).info
-        return min(info.num_samples / info.sample_hz, self.continue_seconds or inf)
+        recording = AudioSource(self.continue_from).info
+        return min(recording.num_samples / recording.sample_hz, self.continue_seconds or inf)
 
     @property
     def _sampling(self) -> dict[str, float]:
