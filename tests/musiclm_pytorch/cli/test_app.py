@@ -92,6 +92,22 @@ def test_the_end_of_a_file_is_continued(musiclm_command, model, tmp_path):
     assert len(song) == 5.26 * 16000 and (song == end).all()
 
 
+def test_the_end_of_a_cut_mp3_is_continued(musiclm_command, model, tmp_path):
+    """The last samples that can be decoded are continued, although the header contains a longer duration."""
+    song = tmp_path / "song.mp3"
+    soundfile.write(song, torch.rand(160_000, generator=torch.Generator().manual_seed(0)).numpy() - 0.5, 16000)
+    song.write_bytes(song.read_bytes()[: song.stat().st_size // 2])
+    wave, sample_hz = read_audio(song)
+    assert wave.shape[1] < 0.6 * soundfile.info(song).frames
+    soundfile.write(tmp_path / "end.wav", wave[0, -4000:].numpy(), sample_hz, subtype="FLOAT")
+    words = ("generate", "a tone", "--model", model, "--num-samples", 1, "--seconds", 0.5)
+    for file, end in {song: ("--continue-seconds", 0.25), tmp_path / "end.wav": ()}.items():
+        out = ("--out", tmp_path / f"{file.stem}_on.wav")
+        assert musiclm_command(*words, "--continue-from", file, *end, *out) == 0
+    song_on, end_on = (soundfile.read(tmp_path / f"{name}_on.wav")[0] for name in ("song", "end"))
+    assert (song_on == end_on).all()
+
+
 @every_suffix
 def test_the_seed_determines_the_music(musiclm_command, model, tmp_path, suffix):
     """The same command writes the same samples, another seed writes others, in every format."""
